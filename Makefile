@@ -1,0 +1,70 @@
+# Every recipe says what it does and may be repeated. `make help` lists the targets.
+# TORCH_INDEX, TORCH_BUILD: see tools/install_torch.py. MODEL, HOST, PORT: what `make serve` serves.
+
+PYTHON ?= python3
+MODEL  ?= smollm2
+HOST   ?= 127.0.0.1
+PORT   ?= 8000
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.xllm-setup
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test lint null reference integration robustness bench-ttft bench-serve bench-client freeze clean
+
+help:  ## this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP)  ## .venv with xLLM (editable), the test tools and the CPU build of torch
+
+# The stamp makes a second `make setup` free; a change of the dependency lists makes it run again.
+$(STAMP): pyproject.toml constraints.txt tools/install_torch.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "xLLM needs Python >= 3.11, and %s is %d.%d; set PYTHON=/path/to/python3" % (sys.executable, v[0], v[1]))'
+	@echo "== setup: virtual environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "venv is missing: install your system's python3-venv package"; exit 1; }
+	@echo "== setup: torch, CPU build"
+	@$(BIN)/python tools/install_torch.py
+	@echo "== setup: xLLM (editable) and the test tools, versions from constraints.txt"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $(STAMP)
+	@echo "== setup: done; $(BIN)/xllm is the command"
+
+serve: setup  ## set up, fetch the default model and serve it on 127.0.0.1:8000
+	@$(BIN)/xllm pull $(MODEL)
+	@exec $(BIN)/xllm serve $(MODEL) --host $(HOST) --port $(PORT)
+
+test: setup  ## lint, types, import contracts and every test that needs no GPU; prints seconds per stage
+	@$(BIN)/python tools/stages.py
+
+lint: setup  ## ruff, mypy and the import contracts only
+	@$(BIN)/python tools/stages.py ruff mypy contracts
+
+null: setup  ## tests that need neither torch nor a model
+	@$(BIN)/python tools/stages.py null
+
+reference: setup  ## tests on the torch reference platform
+	@$(BIN)/python tools/stages.py reference
+
+integration: setup  ## tests with real processes and the real model
+	@$(BIN)/python tools/stages.py integration
+
+robustness: setup  ## hostile and fault tests that take minutes; not part of `make test`
+	@$(BIN)/python -m pytest tests -m robustness --override-ini='addopts=--import-mode=importlib --strict-markers -ra' --timeout=1200
+
+bench-ttft: setup  ## time to first token of the default model, served locally
+	@$(BIN)/python benchmarks/ttft.py --model $(MODEL)
+
+bench-serve: setup  ## `xllm bench serve` at several request rates against a local server
+	@$(BIN)/python benchmarks/serve_rates.py --model $(MODEL)
+
+bench-client: setup  ## how many tokens a second the load generator itself can take
+	@$(BIN)/python benchmarks/client_limit.py
+
+freeze: setup  ## rewrite constraints.txt from what is installed in .venv
+	@$(BIN)/python tools/freeze.py
+
+clean:  ## remove .venv and caches
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

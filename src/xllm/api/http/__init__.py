@@ -1,0 +1,13 @@
+"""A small, strict HTTP/1.1 server: bytes in, one handler call per request, bytes out.
+
+Knows limits and time, not routes, keys or models (`api/app.py`). Why it is our own:
+docs/design/0001-http-server.md.
+"""
+
+from __future__ import annotations
+
+from xllm.api.http.exchange import Handler, Reply, Request
+from xllm.api.http.limits import HttpLimits
+from xllm.api.http.listener import Listener, serve_connections
+
+__all__ = ["Handler", "HttpLimits", "Listener", "Reply", "Request", "serve_connections"]

@@ -1,0 +1,25 @@
+"""Configuration: frozen dataclasses per concern and their loader.
+
+`schema` holds the values, `load` merges file < env < CLI < keyword, `env` is the only reader of
+the environment. No component takes more than its own dataclass.
+"""
+
+from xllm.config.schema import (
+    CacheConfig,
+    EngineConfig,
+    FrontConfig,
+    ModelConfig,
+    PlatformConfig,
+    SchedulerConfig,
+    ServerConfig,
+)
+
+__all__ = [
+    "CacheConfig",
+    "EngineConfig",
+    "FrontConfig",
+    "ModelConfig",
+    "PlatformConfig",
+    "SchedulerConfig",
+    "ServerConfig",
+]

@@ -1,0 +1,101 @@
+"""One frozen dataclass per concern; the CLI flags, the file keys and the docs are made from these.
+
+Field names are the flag names (`max_num_seqs` → `--max-num-seqs`). `help` stands in the metadata.
+None means "chosen by resolve()", which prints the reason. Nothing here reads files or environment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def option(default: Any, help: str, **meta: Any) -> Any:
+    """A dataclass field with its help text; `meta` may hold `choices`."""
+    return field(default=default, metadata={"help": help, **meta})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which weights, and how they are read."""
+
+    model: str = option("", "catalogue name, Hugging Face directory or hub id, or .gguf file")
+    tokenizer: str | None = option(None, "directory or file with the tokenizer, if not the model's")
+    revision: str | None = option(None, "hub revision")
+    served_model_name: tuple[str, ...] = option((), "names clients use; default: the model argument")
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = option("auto", "compute and KV dtype")
+    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = option(
+        "auto", "dummy = random weights of the right shape"
+    )
+    max_model_len: int | None = option(None, "context limit in tokens; default: the model's")
+    chat_template: str | None = option(None, "path of a Jinja file instead of the model's template")
+    seed: int = option(0, "seed of dummy weights")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """KV memory."""
+
+    kv_cache_memory_bytes: int | None = option(None, "bytes for KV pages; default: a share of free memory")
+    num_pages: int | None = option(None, "pages per KV group; overrides kv_cache_memory_bytes")
+    enable_prefix_caching: bool = option(True, "reuse pages of equal prefixes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Budgets of one step and of the queue."""
+
+    max_num_seqs: int = option(64, "sequences that run at once")
+    max_num_batched_tokens: int = option(512, "rows computed in one step")
+    enable_chunked_prefill: bool = option(True, "off: a prompt is computed in one piece")
+    scheduling_policy: str = option("fcfs", "fcfs, priority, or an entry point of xllm.scheduler_orders")
+    max_num_queued_reqs: int = option(256, "requests an instance holds beyond the running ones")
+    logits_processors: tuple[str, ...] = option((), "entry points of xllm.logits_processors, in order")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlatformConfig:
+    """Where the maths runs."""
+
+    platform: str = option("auto", "cpu, cuda, null, or an entry point of xllm.platforms")
+    num_threads: int | None = option(None, "compute threads; default: cores ÷ local instances")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """All that an engine process needs; it crosses the wire in `Start`."""
+
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    platform: PlatformConfig = PlatformConfig()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontConfig:
+    """Admission, routing and failure limits of the front."""
+
+    router_policy: str = option("round-robin", "round-robin, or an entry point of xllm.router_policies")
+    max_num_inflight_reqs: int = option(1024, "accepted and not yet ended requests; beyond: 429")
+    max_num_inflight_tokens: int = option(4_194_304, "prompt tokens of those requests; beyond: 429")
+    stream_buffer_tokens: int = option(4096, "tokens kept for a slow reader before its request is cancelled")
+    slow_reader_timeout_s: float = option(30.0, "seconds a full stream buffer may stand still")
+    shutdown_timeout_s: float = option(30.0, "seconds running requests may take to end on SIGTERM")
+    start_timeout_s: float = option(600.0, "seconds an engine may take to load")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """The HTTP side."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "port to listen on; 0 = any free one")
+    api_key: tuple[str, ...] = option((), "accepted bearer keys; none = open")
+    allowed_origins: tuple[str, ...] = option((), "CORS origins; default: none")
+    allowed_hosts: tuple[str, ...] = option((), "accepted Host names beyond the bound address and localhost")
+    max_body_bytes: int = option(32 * 1024 * 1024, "largest request body")
+    max_connections: int = option(1024, "open connections; beyond: closed at once")
+    header_timeout_s: float = option(10.0, "seconds for the request head")
+    body_timeout_s: float = option(30.0, "seconds for the request body")
+    keep_alive_timeout_s: float = option(75.0, "seconds an idle connection is kept")
+    log_level: Literal["debug", "info", "warning", "error"] = option("info", "least severity that is logged")

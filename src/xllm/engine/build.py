@@ -1,0 +1,165 @@
+"""Putting an engine together: model files → platform → runner → memory → scheduler → core.
+
+The one place that knows all of them. No policy and no maths; every choice comes back as a report
+line with its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from xllm.arch import ArchConfig
+from xllm.artifacts.resolve import resolve
+from xllm.artifacts.source import ModelSource
+from xllm.clock import Clock
+from xllm.config import EngineConfig
+from xllm.engine.core import EngineCore
+from xllm.engine.executor import InProcExecutor
+from xllm.engine.memory.manager import PageManager
+from xllm.engine.platform.base import Runner
+from xllm.engine.platform.registry import select_platform
+from xllm.engine.sampling import Sampler, load_processors
+from xllm.engine.scheduler.order import create_order
+from xllm.engine.scheduler.scheduler import Scheduler
+from xllm.errors import ConfigError
+from xllm.types import ModelCard
+
+Progress = Callable[[str, float], None]
+"""(stage that just ended, seconds it took)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltEngine:
+    """`assets` maps digest → bytes; `report` holds one line per choice made, with its reason."""
+
+    core: EngineCore
+    runner: Runner
+    memory: PageManager
+    assets: Mapping[str, bytes]
+    report: tuple[str, ...]
+
+
+class _Stages:
+    """Tells the front what each stage of loading took."""
+
+    def __init__(self, clock: Clock, progress: Progress) -> None:
+        self._clock = clock
+        self._progress = progress
+        self._since_s = clock.monotonic_s()
+
+    def done(self, stage: str) -> None:
+        now_s = self._clock.monotonic_s()
+        self._progress(stage, now_s - self._since_s)
+        self._since_s = now_s
+
+
+def build_engine(config: EngineConfig, clock: Clock, progress: Progress) -> BuiltEngine:
+    """An engine ready to step. Raises ConfigError with field, value and remedy."""
+    stages = _Stages(clock, progress)
+    order = create_order(config.scheduler.scheduling_policy)
+    sampler = Sampler(load_processors(config.scheduler.logits_processors))
+    source = resolve(
+        config.model.model,
+        revision=config.model.revision,
+        load_format=config.model.load_format,
+        seed=config.model.seed,
+    )
+    arch = source.arch()
+    assets = _assets(config, source)
+    stages.done("model files found and read")
+    platform, reasons = select_platform(config, arch)
+    stages.done(f"platform {platform.name} ready")
+    max_model_len, why_len = _max_model_len(config, arch)
+    built = platform.create_runner(arch, source.tensors(), config, max_model_len, sampler)
+    stages.done("weights loaded")
+    runner = built.runner
+    memory = PageManager(runner.kv_layout.groups, built.num_pages, config.cache.enable_prefix_caching)
+    card = _card(config, source, arch, assets, runner, built.num_pages, max_model_len, clock)
+    scheduler = Scheduler(
+        config.scheduler,
+        memory,
+        order,
+        numerics_class=card.numerics_class,
+        max_model_len=max_model_len,
+        eos_token_ids=card.eos_token_ids,
+    )
+    core = EngineCore(card, scheduler, memory, InProcExecutor(runner), clock)
+    return BuiltEngine(
+        core=core,
+        runner=runner,
+        memory=memory,
+        assets={_digest(data): data for data in assets.values()},
+        report=(*reasons, why_len, *built.report),
+    )
+
+
+def _assets(config: EngineConfig, source: ModelSource) -> dict[str, bytes]:
+    assets = dict(source.assets())
+    if config.model.tokenizer is not None:
+        override = resolve(config.model.tokenizer, revision=config.model.revision)
+        assets.update(override.assets())
+    if config.model.chat_template is not None:
+        path = Path(config.model.chat_template)
+        if not path.is_file():
+            raise ConfigError(f"chat_template: no file at {path}", param="chat_template")
+        assets["chat_template"] = path.read_bytes()
+    return assets
+
+
+def _max_model_len(config: EngineConfig, arch: ArchConfig) -> tuple[int, str]:
+    asked = config.model.max_model_len
+    if asked is None:
+        return arch.max_position, f"max_model_len={arch.max_position}: the model's own limit"
+    if not 1 < asked <= arch.max_position:
+        raise ConfigError(
+            f"max_model_len={asked}: must be between 2 and the model's {arch.max_position}", param="max_model_len"
+        )
+    return asked, f"max_model_len={asked}: as asked (the model allows {arch.max_position})"
+
+
+def _card(
+    config: EngineConfig,
+    source: ModelSource,
+    arch: ArchConfig,
+    assets: Mapping[str, bytes],
+    runner: Runner,
+    num_pages: tuple[int, ...],
+    max_model_len: int,
+    clock: Clock,
+) -> ModelCard:
+    names = config.model.served_model_name or (config.model.model, source.model_id)
+    layout = runner.kv_layout.digest()
+    weights = source.weights_digest()
+    return ModelCard(
+        model_id=names[0],
+        aliases=tuple(dict.fromkeys(n for n in names[1:] if n != names[0])),
+        architecture=arch.name,
+        weights_digest=weights,
+        dtype=runner.kv_layout.dtype,
+        vocab_size=arch.vocab_size,
+        head_width=arch.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=arch.eos_token_ids,
+        assets={name: _digest(data) for name, data in assets.items()},
+        kv_layout_digest=layout,
+        numerics_class=_numerics_class(weights, layout, runner.numerics),
+        deterministic=runner.deterministic,
+        page_size=runner.kv_layout.page_size,
+        num_pages=sum(num_pages),
+        generation_config=dict(source.generation_config()),
+        created_s=int(clock.wall_s()),
+    )
+
+
+def _numerics_class(weights: str, layout: str, numerics: tuple[str, ...]) -> str:
+    """Digest of everything that may change a bit of the logits; design §1."""
+    return hashlib.sha256(msgspec.msgpack.encode((weights, layout, numerics))).hexdigest()[:32]
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

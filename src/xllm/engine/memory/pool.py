@@ -1,0 +1,126 @@
+"""The pool of one KV group's physical pages and the cache of those that hold a known prefix.
+
+State machine of a page: free → owned (refcount ≥ 1) → reusable (refcount 0, content named) → owned
+again by a prefix hit, or free by eviction. Policy only: what a page *is* belongs to the platform.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+
+from xllm.errors import InternalError
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixKey:
+    """What a full page holds; `parent` and `tokens` are compared on every hit."""
+
+    digest: bytes
+    parent: bytes
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolCounts:
+    """Pages by state; they always add up to `total`."""
+
+    total: int
+    free: int
+    reusable: int
+    owned: int
+    in_transfer: int = 0
+
+
+class PagePool:
+    """Single owner of page states in one group. Not thread-safe: the step thread owns it."""
+
+    def __init__(self, num_pages: int) -> None:
+        self._free = deque(range(num_pages))
+        self._refs = [0] * num_pages
+        self._keys: list[PrefixKey | None] = [None] * num_pages
+        self._by_digest: dict[bytes, int] = {}
+        # Least recently released first. Tables release tail pages first, so the tail of a prefix
+        # is evicted before its head: a head without its tail is still a hit.
+        self._reusable: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def num_available(self) -> int:
+        """Pages that `allocate` can hand out now."""
+        return len(self._free) + len(self._reusable)
+
+    @property
+    def num_pages(self) -> int:
+        return len(self._refs)
+
+    def allocate(self) -> int:
+        """A page with refcount 1 and no name; evicts the oldest reusable page if none is free.
+
+        The caller has checked `num_available`.
+        """
+        if self._free:
+            page = self._free.popleft()
+        else:
+            page, _ = self._reusable.popitem(last=False)
+            self._forget(page)
+        self._refs[page] = 1
+        return page
+
+    def share(self, page: int) -> None:
+        """One more owner of an owned or reusable page."""
+        if self._refs[page] == 0:
+            if page not in self._reusable:
+                raise InternalError("a free page was shared")
+            del self._reusable[page]
+        self._refs[page] += 1
+
+    def release(self, page: int) -> None:
+        """One owner less; at zero the page is reusable if it has a name, else free."""
+        if self._refs[page] <= 0:
+            raise InternalError("a page was released more often than it was owned")
+        self._refs[page] -= 1
+        if self._refs[page] == 0:
+            if self._keys[page] is None:
+                self._free.append(page)
+            else:
+                self._reusable[page] = None
+
+    def publish(self, page: int, key: PrefixKey) -> None:
+        """Name a full, computed page. The first page of a digest keeps the name."""
+        if key.digest not in self._by_digest and self._keys[page] is None:
+            self._by_digest[key.digest] = page
+            self._keys[page] = key
+
+    def find(self, key: PrefixKey) -> int | None:
+        """The page that holds exactly `key`, else None; takes no ownership."""
+        page = self._by_digest.get(key.digest)
+        return page if page is not None and self._keys[page] == key else None
+
+    def forget_all(self) -> int:
+        """Drop every reusable page and every name; the number of pages freed."""
+        num_freed = len(self._reusable)
+        self._free.extend(self._reusable)
+        self._reusable.clear()
+        self._by_digest.clear()
+        self._keys = [None] * len(self._refs)
+        return num_freed
+
+    def counts(self) -> PoolCounts:
+        owned = sum(1 for r in self._refs if r > 0)
+        return PoolCounts(
+            total=len(self._refs), free=len(self._free), reusable=len(self._reusable), owned=owned
+        )
+
+    def check(self) -> None:
+        """Raise InternalError unless free + reusable + owned == total and no name is dangling."""
+        c = self.counts()
+        if c.free + c.reusable + c.owned + c.in_transfer != c.total:
+            raise InternalError("pages are not conserved")
+        if any(self._keys[p] is None or self._keys[p].digest != d for d, p in self._by_digest.items()):  # type: ignore[union-attr]
+            raise InternalError("a prefix name points to a page that does not hold it")
+
+    def _forget(self, page: int) -> None:
+        key = self._keys[page]
+        if key is not None:
+            del self._by_digest[key.digest]
+            self._keys[page] = None

@@ -1,0 +1,104 @@
+"""The plan and the result of one step: plain values between scheduler, executor and simulator.
+
+A plan can be printed, compared and replayed; nothing in it refers back to the scheduler. The
+scheduler writes every field of a plan, the runner every field of a result. No torch here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from xllm.errors import ErrorInfo
+from xllm.types import SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleOp:
+    """Draw the token at output `offset` from the last row's logits, once per entry of `choices`.
+
+    `banned` are ids masked at this offset (EOS and stop ids while offset < min_tokens).
+    `prompt`/`output` are filled only when penalties or bad_words need them (`needs_history`).
+    """
+
+    params: SamplingParams
+    seed: int
+    choices: tuple[int, ...]
+    offset: int
+    banned: tuple[int, ...] = ()
+    prompt: tuple[int, ...] = ()
+    output: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequencePlan:
+    """Rows of one sequence in this step: positions start … start + len(tokens) − 1.
+
+    `pages[g][i]` is the page of KV group g for positions [64·i, 64·i + 64); −1 = freed because it
+    lies outside the group's window. The pages cover every row of this plan. The KV of all
+    positions < start is complete.
+    Rows with index ≥ `first_logit_row` yield logits (== len(tokens): none).
+    `prompt_logprobs` = k asks, for each row that yields logits and has a successor in
+    `prompt_targets`, for that successor's logprob and the k most likely tokens.
+    """
+
+    seq_id: int
+    start: int
+    tokens: tuple[int, ...]
+    pages: tuple[tuple[int, ...], ...]
+    first_logit_row: int
+    sample: SampleOp | None = None
+    prompt_logprobs: int | None = None
+    prompt_targets: tuple[int, ...] = ()
+    """The tokens at positions start + first_logit_row + 1 …, as many as lie in the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """Copy a whole page before the step's rows are computed (fork of a partial page)."""
+
+    group: int
+    src: int
+    dst: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    step: int
+    sequences: tuple[SequencePlan, ...]
+    copies: tuple[PageCopy, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(s.tokens) for s in self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceTokens:
+    """Tokens of one choice in order: 0 … 1 + drafts of them."""
+
+    choice: int
+    tokens: tuple[SampledToken, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceResult:
+    """`error` ends this sequence's request and nobody else's."""
+
+    seq_id: int
+    choices: tuple[ChoiceTokens, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    error: ErrorInfo | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    step: int
+    sequences: tuple[SequenceResult, ...]
+    elapsed_ms: float = 0.0
+    extras: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,95 @@
+"""Requests and sequences inside an engine: one state machine, one terminal event.
+
+Nouns with the bookkeeping that follows from them; decisions live in `scheduler`, pages in `memory`.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from xllm.engine.memory.manager import PageTable
+from xllm.types import FinishReason, RequestSpec, SamplingParams, TokenLogprobs
+from xllm.wire.messages import CREDIT_WINDOW
+
+
+class SequenceState(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One token stream. The only rule: `num_computed` chases `num_tokens`.
+
+    Invariants: KV of positions < num_computed is complete in `table`; tokens[prompt_len:] is output
+    and stays output after preemption or resume; `draws` lists the choices that the next draw serves
+    (more than one only before the fork of n choices).
+    """
+
+    seq_id: int
+    choice: int
+    tokens: list[int]
+    prompt_len: int
+    draws: tuple[int, ...]
+    num_computed: int = 0
+    table: PageTable | None = None
+    state: SequenceState = SequenceState.WAITING
+    num_committed: int = 0
+    num_streamed: int = 0
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def behind(self) -> int:
+        """Rows to compute before the next token can be drawn."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def out_of_credit(self) -> bool:
+        """Too far ahead of the front's commit log: its reader is slow, so it waits."""
+        return self.num_output - self.num_committed >= CREDIT_WINDOW
+
+
+@dataclass(slots=True)
+class Request:
+    """A submitted request and its sequences. `arrival` orders requests of equal rank."""
+
+    spec: RequestSpec
+    arrival: int
+    arrived_s: float
+    root: bytes
+    prompt: tuple[int, ...]
+    sequences: list[Sequence] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs_sent: bool = False
+    token_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    num_cached: int | None = None
+    """Prompt tokens found in the prefix cache at first admission; None = not yet admitted."""
+    queue_ms: float = 0.0
+    ended: bool = False
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.spec.params
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.params.prompt_logprobs is not None and not self.prompt_logprobs_sent
+
+    @property
+    def reads_cache(self) -> bool:
+        """prompt_logprobs needs every prompt row's logits, so it computes them all."""
+        return not self.wants_prompt_logprobs and not self.params.skip_reading_prefix_cache
+
+    @property
+    def all_ended(self) -> bool:
+        drawn = {s.choice for s in self.sequences}
+        return len(drawn) == self.params.n and all(
+            s.state is SequenceState.ENDED for s in self.sequences
+        )

@@ -1,0 +1,60 @@
+"""The front's half of starting an engine over a stream: Hello, Start, progress, Ready.
+
+Knows nothing of processes; the same for an engine in memory, on a socket pair or far away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from xllm.config import EngineConfig
+from xllm.errors import ConfigError, UnavailableError
+from xllm.wire.codec import WireError
+from xllm.wire.messages import WIRE_VERSION, Hello, Progress, Ready, Start, StartFailed
+from xllm.wire.stream import EngineStream
+
+OnProgress = Callable[[str, float], None]
+"""Called with (stage that has just ended, seconds it took)."""
+
+OLDEST_VERSION = WIRE_VERSION - 1
+
+
+def ignore_progress(stage: str, elapsed_s: float) -> None:
+    """For callers that show nothing."""
+
+
+async def start_engine(
+    stream: EngineStream, config: EngineConfig, *, timeout_s: float, on_progress: OnProgress = ignore_progress
+) -> Ready:
+    """Make the peer become the engine of `config` and wait until it has loaded.
+
+    Raises the engine's own error if it reports one (ConfigError as a rule), UnavailableError if it
+    dies or takes longer than `timeout_s`. The stream is left open.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            await stream.send(Hello())
+            await stream.send(Start(config=config))
+            return await _wait_ready(stream, on_progress)
+    except TimeoutError as error:
+        message = f"the engine did not load within {timeout_s:g} s; see start_timeout_s"
+        raise UnavailableError(message, code="start_timeout") from error
+    except (ConnectionError, WireError) as error:
+        raise UnavailableError("the engine was lost while it loaded", code="engine_lost") from error
+
+
+async def _wait_ready(stream: EngineStream, on_progress: OnProgress) -> Ready:
+    while (message := await stream.receive()) is not None:
+        if isinstance(message, Ready):
+            return message
+        if isinstance(message, StartFailed):
+            raise message.error.to_error()
+        if isinstance(message, Progress):
+            on_progress(message.stage, message.elapsed_s)
+        if isinstance(message, Hello) and not OLDEST_VERSION <= message.version <= WIRE_VERSION + 1:
+            raise ConfigError(
+                f"the engine speaks wire version {message.version}, this front {WIRE_VERSION}",
+                code="wire_version",
+            )
+    raise UnavailableError("the engine ended while it loaded; its log says why", code="engine_lost")

@@ -1,0 +1,129 @@
+"""An engine process on this machine, over a socket pair: start it, watch it, end it.
+
+The process dies with the front (the child asks the kernel for that, and EOF ends it). Which
+requests run on it is the front's matter; restarting it is a later policy's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import subprocess
+import sys
+
+from xllm.config import EngineConfig
+from xllm.service.instances.handshake import OnProgress, ignore_progress, start_engine
+from xllm.types import ModelCard
+from xllm.wire.messages import Drain
+from xllm.wire.stream import EngineStream, SocketEngineStream
+
+log = logging.getLogger(__name__)
+
+EXIT_GRACE_S = 5.0
+"""Between the end of the connection and SIGKILL."""
+
+
+class LocalEngine:
+    """A loaded engine. `stream` is handed to `Front.add_instance`, which then owns its reading."""
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        stream: EngineStream,
+        card: ModelCard,
+        report: tuple[str, ...],
+        max_reqs: int,
+    ) -> None:
+        self.stream = stream
+        self.card = card
+        self.report = report
+        self.max_reqs = max_reqs
+        self._process = process
+
+    @classmethod
+    async def launch(
+        cls,
+        config: EngineConfig,
+        on_progress: OnProgress = ignore_progress,
+        *,
+        timeout_s: float = 600.0,
+        log_level: str = "warning",
+    ) -> LocalEngine:
+        """Start the process and wait until it has loaded.
+
+        Must be called on a thread that lives as long as the engine: the kernel ends the child with
+        the thread that made it. Raises as `start_engine`; no process is left behind then.
+        """
+        ours, theirs = socket.socketpair()
+        try:
+            process = _spawn(theirs, log_level)
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        stream = await SocketEngineStream.over(ours)
+        try:
+            ready = await start_engine(stream, config, timeout_s=timeout_s, on_progress=on_progress)
+        except BaseException:
+            await stream.close()
+            # StartFailed is on its way out by itself; anything else is stuck and holds memory.
+            await asyncio.shield(_reap(process, EXIT_GRACE_S))
+            raise
+        scheduler = config.scheduler
+        max_reqs = scheduler.max_num_seqs + scheduler.max_num_queued_reqs
+        return cls(process, stream, ready.card, ready.report, max_reqs)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; negative = the signal that ended it."""
+        return self._process.poll()
+
+    async def terminate(self, drain_s: float = 0.0) -> int:
+        """End the process and return its exit code: drain, then EOF, then SIGKILL; idempotent.
+
+        With `drain_s` the engine may first finish what runs; nobody may have closed `stream` then.
+        """
+        if self.exit_code is None and drain_s > 0:
+            try:
+                await self.stream.send(Drain())
+                await _wait(self._process, drain_s)
+            except ConnectionError:
+                log.debug("engine %d: gone before it could drain", self.pid)
+        await self.stream.close()
+        return await _reap(self._process, EXIT_GRACE_S)
+
+
+def _spawn(theirs: socket.socket, log_level: str) -> subprocess.Popen[bytes]:
+    fd = theirs.fileno()
+    command = [sys.executable, "-m", "xllm.engine.process", "--fd", str(fd), "--log-level", log_level]
+    # A group of its own: Ctrl-C in a terminal reaches the front alone, which then drains. Its output
+    # goes to our stderr, so that it never mixes with what a program using us prints.
+    return subprocess.Popen(
+        command,
+        pass_fds=(fd,),
+        stdin=subprocess.DEVNULL,
+        stdout=sys.__stderr__ or subprocess.DEVNULL,
+        process_group=0,
+    )
+
+
+async def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> bool:
+    """Whether the process ended within the time."""
+    try:
+        await asyncio.to_thread(process.wait, timeout_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+async def _reap(process: subprocess.Popen[bytes], grace_s: float) -> int:
+    if not await _wait(process, grace_s):
+        log.warning("engine %d did not end by itself; killing it", process.pid)
+        process.kill()
+    return await asyncio.to_thread(process.wait)

@@ -1,0 +1,151 @@
+"""The commit log of one request: which tokens are output, and how each choice ended.
+
+The single judge of frames: an older attempt is dropped, an overlap is compared, a gap is an
+error, the overrun of a stop string is cut and never counted. Pure: no clock, no I/O, no asyncio.
+It lives in the owning front's memory and outlives every engine that works on the request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from xllm.errors import InternalError
+from xllm.service.choice_text import ChoiceText
+from xllm.service.stream import Delta, Usage
+from xllm.types import FinishReason, RequestSpec, TokenLogprobs
+from xllm.wire.messages import Frame
+
+
+class ChoiceLog:
+    """Committed tokens of one choice. `finish_reason` is set once and then nothing changes."""
+
+    def __init__(self, text: ChoiceText) -> None:
+        self.text = text
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
+        self.stop_reason: str | int | None = None
+
+
+class RequestJournal:
+    """Log of all choices. `absorb` turns an engine's frame into what the client may see."""
+
+    def __init__(self, spec: RequestSpec, *, head_width: int, make_text: Callable[[], ChoiceText]) -> None:
+        if spec.params.max_tokens is None:
+            raise InternalError("a request reached the journal without max_tokens")
+        self.spec = spec
+        self.attempt = spec.attempt
+        self.choices = tuple(ChoiceLog(make_text()) for _ in range(spec.params.n))
+        self.num_prompt_tokens = len(spec.prompt_token_ids)
+        self.num_cached_tokens = 0
+        self.num_divergences = 0
+        self.num_stale_frames = 0
+        self.queue_ms = 0.0
+        self._max_tokens = spec.params.max_tokens
+        self._head_width = head_width
+        self._prompt_logprobs: list[TokenLogprobs] | None = (
+            None if spec.params.prompt_logprobs is None else []
+        )
+
+    @property
+    def ended(self) -> bool:
+        """Every choice has its finish reason."""
+        return all(c.finish_reason is not None for c in self.choices)
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=self.num_prompt_tokens,
+            completion_tokens=sum(len(c.tokens) for c in self.choices),
+            cached_tokens=self.num_cached_tokens,
+        )
+
+    def absorb(self, frame: Frame) -> Delta | None:
+        """Commit what is new in `frame`; None when it changes nothing that the client sees.
+
+        Raises the engine's error if the frame carries one, InternalError if the frame breaks
+        the protocol; the request is then over.
+        """
+        if frame.attempt != self.attempt:
+            self.num_stale_frames += 1
+            return None
+        if frame.error is not None:
+            raise frame.error.to_error()
+        if not 0 <= frame.choice < len(self.choices):
+            raise InternalError("the engine sent output for a choice that was not asked for")
+        self.num_cached_tokens = max(self.num_cached_tokens, frame.num_cached_tokens)
+        self.queue_ms = max(self.queue_ms, frame.queue_ms)
+        if self._prompt_logprobs is not None:
+            self._prompt_logprobs.extend(frame.prompt_logprobs)
+        log = self.choices[frame.choice]
+        delta = self._commit(log, frame) if log.finish_reason is None else None
+        if frame.last and not self.ended:
+            raise InternalError("the engine ended a request before all of its choices")
+        return delta
+
+    def _commit(self, log: ChoiceLog, frame: Frame) -> Delta | None:
+        skip = self._overlap(log, frame)
+        tokens, logprobs = frame.tokens[skip:], frame.logprobs[skip:]
+        self._check(log, frame, tokens)
+        pieces: list[str] = []
+        match: str | None = None
+        num_kept = 0
+        for token in tokens:
+            num_kept += 1
+            if self._is_hidden_stop(frame, last=num_kept == len(tokens)):
+                break
+            piece, match = log.text.push(token)
+            pieces.append(piece)
+            if match is not None:
+                break
+        log.tokens.extend(tokens[:num_kept])
+        if match is None and frame.finish_reason is not None:
+            piece, match = log.text.finish()
+            pieces.append(piece)
+        if match is not None:
+            log.finish_reason, log.stop_reason = FinishReason.STOP.value, match
+        elif frame.finish_reason is not None:
+            log.finish_reason, log.stop_reason = frame.finish_reason.value, frame.stop_token_id
+        if not num_kept and log.finish_reason is None:
+            return None
+        return Delta(
+            choice=frame.choice,
+            text="".join(pieces),
+            token_ids=tokens[:num_kept],
+            logprobs=logprobs[:num_kept],
+            prompt_logprobs=self._take_prompt_logprobs(frame.choice),
+            finish_reason=log.finish_reason,
+            stop_reason=log.stop_reason,
+        )
+
+    def _overlap(self, log: ChoiceLog, frame: Frame) -> int:
+        """How many of the frame's tokens are in the log already; those stay valid, equal or not."""
+        behind = len(log.tokens) - frame.offset
+        if behind < 0 or frame.offset < 0:
+            raise InternalError("the engine's output has a gap")
+        skip = min(behind, len(frame.tokens))
+        if tuple(log.tokens[frame.offset : frame.offset + skip]) != frame.tokens[:skip]:
+            self.num_divergences += 1
+        return skip
+
+    def _check(self, log: ChoiceLog, frame: Frame, tokens: tuple[int, ...]) -> None:
+        if len(log.tokens) + len(tokens) > self._max_tokens:
+            raise InternalError("the engine produced more than max_tokens")
+        if tokens and (min(tokens) < 0 or max(tokens) >= self._head_width):
+            raise InternalError("the engine produced a token outside the model's vocabulary")
+        if frame.logprobs and len(frame.logprobs) != len(frame.tokens):
+            raise InternalError("the engine's logprobs do not match its tokens")
+        if frame.finish_reason is FinishReason.ERROR:
+            raise InternalError("the engine ended a choice with an error it did not name")
+
+    def _is_hidden_stop(self, frame: Frame, *, last: bool) -> bool:
+        """The EOS or stop token that ended the choice is output, but its text is not shown."""
+        return (
+            last
+            and frame.finish_reason is FinishReason.STOP
+            and not self.spec.params.include_stop_str_in_output
+        )
+
+    def _take_prompt_logprobs(self, choice: int) -> tuple[TokenLogprobs, ...] | None:
+        if choice != 0 or self._prompt_logprobs is None:
+            return None
+        taken, self._prompt_logprobs = tuple(self._prompt_logprobs), None
+        return taken

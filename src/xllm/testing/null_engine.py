@@ -1,0 +1,121 @@
+"""An engine core on the null device: the real scheduler and memory over tokens that are hashes.
+
+For tests and examples without a model. Nothing here is used by a serving process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xllm.config import SchedulerConfig
+from xllm.engine.core import EngineCore
+from xllm.engine.executor import InProcExecutor
+from xllm.engine.memory.manager import PageManager
+from xllm.engine.platform.null_runner import NullRunner
+from xllm.engine.scheduler.order import create_order
+from xllm.engine.scheduler.scheduler import Scheduler
+from xllm.testing.clock import FakeClock
+from xllm.types import KVGroup, ModelCard, RequestSpec, SamplingParams, TokenSegment
+from xllm.wire.messages import Frame
+
+VOCAB_SIZE = 512
+EOS = 2
+
+FULL = KVGroup(kind="full", layers=(0,), num_kv_heads=1, head_dim=16)
+WINDOW = KVGroup(kind="window", layers=(1,), num_kv_heads=1, head_dim=16, window=100)
+
+
+def null_card(num_pages: int, max_model_len: int = 2048) -> ModelCard:
+    return ModelCard(
+        model_id="null",
+        aliases=(),
+        architecture="null",
+        weights_digest="null",
+        dtype="float32",
+        vocab_size=VOCAB_SIZE,
+        head_width=VOCAB_SIZE,
+        max_model_len=max_model_len,
+        eos_token_ids=(EOS,),
+        assets={},
+        kv_layout_digest="null",
+        numerics_class="null",
+        deterministic=True,
+        page_size=64,
+        num_pages=num_pages,
+    )
+
+
+@dataclass(slots=True)
+class NullEngine:
+    """A core with its parts in reach."""
+
+    core: EngineCore
+    memory: PageManager
+    runner: NullRunner
+    clock: FakeClock
+
+    def run(self, max_steps: int = 10_000) -> list[Frame]:
+        """Step until no request is left; every frame, with all output committed at once."""
+        frames: list[Frame] = []
+        for _ in range(max_steps):
+            if not self.core.has_requests:
+                return frames
+            frames += self.step()
+        raise AssertionError(f"requests are still alive after {max_steps} steps")
+
+    def step(self) -> list[Frame]:
+        """One step; commits what it put out, as a prompt front would."""
+        _, frames = self.core.step()
+        for frame in frames:
+            self.core.scheduler.committed(frame.request_id, frame.choice, frame.offset + len(frame.tokens))
+        self.memory.check()
+        return list(frames)
+
+
+def null_engine(
+    *,
+    num_pages: int = 64,
+    groups: tuple[KVGroup, ...] = (FULL,),
+    config: SchedulerConfig | None = None,
+    enable_prefix_caching: bool = True,
+    max_model_len: int = 2048,
+) -> NullEngine:
+    """A fresh engine; `num_pages` per group."""
+    config = config or SchedulerConfig()
+    clock = FakeClock()
+    memory = PageManager(groups, [num_pages] * len(groups), enable_prefix_caching)
+    scheduler = Scheduler(
+        config,
+        memory,
+        create_order(config.scheduling_policy),
+        numerics_class="null",
+        max_model_len=max_model_len,
+        eos_token_ids=(EOS,),
+    )
+    runner = NullRunner(groups, [num_pages] * len(groups), VOCAB_SIZE)
+    card = null_card(num_pages, max_model_len)
+    core = EngineCore(card, scheduler, memory, InProcExecutor(runner), clock)
+    return NullEngine(core=core, memory=memory, runner=runner, clock=clock)
+
+
+def spec(request_id: str, prompt: tuple[int, ...], **fields: object) -> RequestSpec:
+    """A request; RequestSpec fields by name, everything else goes to SamplingParams (greedy by default)."""
+    own = {k: fields.pop(k) for k in tuple(fields) if k in RequestSpec.__struct_fields__}
+    fields.setdefault("temperature", 0.0)
+    fields.setdefault("seed", 1)
+    params = SamplingParams(**fields)  # type: ignore[arg-type]
+    own.setdefault("model", "null")
+    return RequestSpec(request_id=request_id, segments=(TokenSegment(prompt),), params=params, **own)  # type: ignore[arg-type]
+
+
+def outputs(frames: list[Frame]) -> dict[tuple[str, int], tuple[int, ...]]:
+    """Tokens per (request, choice), checking that offsets are gapless."""
+    collected: dict[tuple[str, int], tuple[int, ...]] = {}
+    for frame in frames:
+        key = (frame.request_id, frame.choice)
+        tokens = collected.get(key, ())
+        if frame.tokens and frame.offset != len(tokens):
+            raise AssertionError(f"frame at offset {frame.offset} after {len(tokens)} tokens")
+        if frame.tokens or frame.error is None:
+            collected[key] = (*tokens, *frame.tokens)
+    return collected

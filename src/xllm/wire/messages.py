@@ -1,0 +1,125 @@
+"""Every message between a front and an engine. Typed, tagged, versioned; unknown fields are ignored.
+
+Nothing here acts. Only this module may define what crosses a process border; token ids and sizes
+are checked again by the receiver (`limits.py`), since a peer is not trusted to have checked.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from xllm.config import EngineConfig
+from xllm.errors import ErrorInfo
+from xllm.types import EngineSnapshot, FinishReason, ModelCard, RequestSpec, TokenLogprobs
+
+WIRE_VERSION = 1
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
+    """First message of each side. Versions N and N−1 talk; anything else is refused by name."""
+
+    version: int = WIRE_VERSION
+    incarnation: str = ""
+
+
+class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
+    """Front → engine: become this engine."""
+
+    config: EngineConfig
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
+    """Engine → front while loading: what is going on and how long the last stage took."""
+
+    stage: str
+    elapsed_s: float = 0.0
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """Engine → front: loaded. `report` lines say what was chosen and why."""
+
+    card: ModelCard
+    pid: int
+    report: tuple[str, ...] = ()
+
+
+class StartFailed(msgspec.Struct, frozen=True, kw_only=True, tag="start_failed"):
+    error: ErrorInfo
+
+
+class AssetRequest(msgspec.Struct, frozen=True, kw_only=True, tag="asset_request"):
+    digest: str
+
+
+class Asset(msgspec.Struct, frozen=True, kw_only=True, tag="asset"):
+    """`data` is None when the engine has no asset of that digest."""
+
+    digest: str
+    data: bytes | None
+
+
+class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
+    spec: RequestSpec
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
+    """Exact id only. Unknown ids are ignored: the request may just have ended."""
+
+    request_id: str
+    attempt: int = 0
+
+
+class Committed(msgspec.Struct, frozen=True, kw_only=True, tag="committed"):
+    """Front → engine: per (request, choice) how many output tokens are in the commit log.
+
+    A sequence more than `CREDIT_WINDOW` tokens ahead of its log waits.
+    """
+
+    counts: tuple[tuple[str, int, int], ...]
+
+
+CREDIT_WINDOW = 16
+
+
+class Frame(msgspec.Struct, frozen=True, kw_only=True, tag="frame", omit_defaults=True):
+    """New output of one choice. `offset` is the index of tokens[0] in the choice's output.
+
+    Exactly one frame per accepted request has `last=True`: its terminal event. A frame with
+    `error` ends the request (choice is then the culprit or 0).
+    `num_cached_tokens` counts prompt tokens that came from the prefix cache.
+    """
+
+    request_id: str
+    attempt: int = 0
+    choice: int = 0
+    offset: int = 0
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: ErrorInfo | None = None
+    num_cached_tokens: int = 0
+    queue_ms: float = 0.0
+    last: bool = False
+
+
+class Frames(msgspec.Struct, frozen=True, kw_only=True, tag="frames"):
+    """All output of one step, in the order it was produced, and the engine's state after it."""
+
+    frames: tuple[Frame, ...]
+    snapshot: EngineSnapshot
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
+    """Engine → front, also when idle, so that a silent engine can be told from an idle one."""
+
+    snapshot: EngineSnapshot
+
+
+class Drain(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
+    """Front → engine: accept nothing new, finish what runs, then exit."""
+
+
+FrontMessage = Hello | Start | AssetRequest | Submit | Abort | Committed | Drain
+EngineMessage = Hello | Progress | Ready | StartFailed | Asset | Frames | Stats
