@@ -42,8 +42,17 @@ def serve_uvicorn(http: str) -> Callable[[int], None]:
         import uvicorn
 
         more = {"h11_max_incomplete_event_size": 65536} if http == "h11" else {}
-        uvicorn.run(hello, host="127.0.0.1", port=port, http=http, timeout_keep_alive=2,
-                    limit_concurrency=64, log_level="critical", lifespan="off", **more)
+        uvicorn.run(
+            hello,
+            host="127.0.0.1",
+            port=port,
+            http=http,
+            timeout_keep_alive=2,
+            limit_concurrency=64,
+            log_level="critical",
+            lifespan="off",
+            **more,
+        )
 
     return run
 
@@ -124,8 +133,11 @@ def free_port() -> int:
 def measure(name: str) -> dict[str, tuple[str, str, bool]]:
     """case name -> (layer, reason it failed or '', whether all its errors were JSON)."""
     port = free_port()
-    child = subprocess.Popen([sys.executable, __file__, "serve", name, str(port)],
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, __file__, "serve", name, str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         for _ in range(100):
             try:
@@ -162,9 +174,16 @@ def report(results: dict[str, dict[str, tuple[str, str, bool]]]) -> None:
         print(f"| {case} | " + " | ".join(cells) + " |")
     for title, pick in (("server layer", "server"), ("app layer", "app")):
         rows = [[r for r in results[n].values() if r[0] == pick] for n in names]
-        print(f"| **passed, {title}** | " + " | ".join(f"{sum(not r[1] for r in rs)}/{len(rs)}" for rs in rows) + " |")
-    print("| **errors in JSON** | " + " | ".join(
-        f"{sum(r[2] for r in results[n].values())}/{len(results[n])}" for n in names) + " |")
+        print(
+            f"| **passed, {title}** | "
+            + " | ".join(f"{sum(not r[1] for r in rs)}/{len(rs)}" for rs in rows)
+            + " |"
+        )
+    print(
+        "| **errors in JSON** | "
+        + " | ".join(f"{sum(r[2] for r in results[n].values())}/{len(results[n])}" for n in names)
+        + " |"
+    )
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from tests.null.repo import PACKAGE, ROOT, imported_modules, name, sources, tree
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "joblib", "cloudpickle", "jsonpickle"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
-VENDORS = re.compile(r"\b(cuda|nvidia|hip|rocm|npu|ascend|mlu|musa|xpu|mps|metal|tpu)\b", re.IGNORECASE)
+VENDORS = re.compile(r"\b(cuda|nvidia|rocm|npu|cann|mlu|musa|xpu|mps|tpu)\b", re.IGNORECASE)
 VENDOR_ROOMS = ("engine/platform/", "engine/kernels/")
 # The name of a platform in help text, or of what a machine has: words, no branch on them.
 VENDOR_WORDS = {"config/schema.py", "cli/doctor.py"}

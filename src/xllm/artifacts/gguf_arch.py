@@ -82,7 +82,8 @@ def eos_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     ids = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
     tokens = metadata.get("tokenizer.ggml.tokens", ())
     types = metadata.get("tokenizer.ggml.token_type", ())
-    ids += [i for i, kind in enumerate(types) if kind == _CONTROL and i < len(tokens) and tokens[i] in _END_TEXTS]
+    pairs = enumerate(zip(tokens, types, strict=False))
+    ids += [i for i, (token, kind) in pairs if kind == _CONTROL and token in _END_TEXTS]
     return tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))
 
 

@@ -102,7 +102,8 @@ class GgufModel:
 
     def generation_config(self) -> dict[str, float | int]:
         prefix = "general.sampling."
-        found = {k.removeprefix(prefix): v for k, v in self._opened().header.metadata.items() if k.startswith(prefix)}
+        metadata = self._opened().header.metadata
+        found = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
         found["temperature"] = found.get("temp", found.get("temperature"))
         found["repetition_penalty"] = found.get("penalty_repeat")
         return sampling_defaults(found)

@@ -70,7 +70,8 @@ class _Vocabulary:
         name = self.get("pre", "default")
         if name not in PRE_TOKENIZERS:
             raise GgufError(
-                f"pre-tokenizer {str(name)[:40]} is not supported; give a Hugging Face tokenizer with --tokenizer"
+                f"pre-tokenizer {str(name)[:40]} is not supported; "
+                "give a Hugging Face tokenizer with --tokenizer"
             )
         return PRE_TOKENIZERS[name]
 
@@ -114,7 +115,8 @@ def _sentencepiece(v: _Vocabulary) -> dict[str, Any]:
     spec["model"]["fuse_unk"] = True
     to_metaspace = {"type": "Replace", "pattern": {"String": " "}, "content": _METASPACE}
     prepend = {"type": "Prepend", "prepend": _METASPACE}
-    spec["normalizer"] = {"type": "Sequence", "normalizers": [prepend, to_metaspace]} if prefix else to_metaspace
+    with_prefix = {"type": "Sequence", "normalizers": [prepend, to_metaspace]}
+    spec["normalizer"] = with_prefix if prefix else to_metaspace
     decoders: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": _METASPACE}, "content": " "},
         {"type": "ByteFallback"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from typing import Any
 
 from xllm.arch import ArchConfig, RopeScaling
@@ -40,14 +41,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 def arch_from_config(config: Mapping[str, Any], generation: Mapping[str, Any]) -> ArchConfig:
     """`generation` is generation_config.json ({} if absent); its EOS ids win. Raises ConfigError."""
-    model_type = config.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise ConfigError(
-            f"config.json: model_type {str(model_type)[:40]} is not supported; {', '.join(MODEL_TYPES)} are"
-        )
+    model_type = str(config.get("model_type"))
+    known = {**MODEL_TYPES, **{entry.name: entry.name for entry in entry_points(group="xllm.models")}}
+    if model_type not in known:
+        raise ConfigError(f"config.json: model_type {model_type[:40]} is not supported; {', '.join(known)} are")
     if "quantization_config" in config:
-        raise ConfigError("config.json: quantized checkpoints are not supported; use the original or a GGUF file")
-    name = MODEL_TYPES[model_type]
+        raise ConfigError("config.json: quantized checkpoints are not supported; take the original or a GGUF")
+    name = known[model_type]
     outer = config
     if isinstance(config.get("text_config"), dict):
         config = {**config["text_config"]}
@@ -75,7 +75,7 @@ def _arch(f: _Fields, name: str, outer: Mapping[str, Any], generation: Mapping[s
         head_dim=f.integer("head_dim", hidden // num_heads),
         vocab_size=f.integer("vocab_size"),
         rms_norm_eps=f.number("rms_norm_eps", 1e-6),
-        rope_theta=f.number("rope_theta", 10_000.0) if rope.get("rope_theta") is None else float(rope["rope_theta"]),
+        rope_theta=_theta(rope, f.number("rope_theta", 10_000.0)),
         max_position=context,
         tie_word_embeddings=bool(f.get("tie_word_embeddings", outer.get("tie_word_embeddings", False))),
         layer_windows=windows,
@@ -158,12 +158,14 @@ def _rope(f: _Fields) -> Mapping[str, Any]:
     return full if isinstance(full, dict) else {}
 
 
+def _theta(rope: Any, default: float) -> float:
+    return _Fields(rope if isinstance(rope, dict) else {}).number("rope_theta", default)
+
+
 def _local_theta(f: _Fields) -> float:
-    rope = f.get("rope_parameters") or {}
+    rope = f.get("rope_parameters")
     local = rope.get("sliding_attention") if isinstance(rope, dict) else None
-    if isinstance(local, dict) and "rope_theta" in local:
-        return float(local["rope_theta"])
-    return f.number("rope_local_base_freq", 10_000.0)
+    return _theta(local, f.number("rope_local_base_freq", 10_000.0))
 
 
 def _scaling(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
@@ -194,4 +196,6 @@ def _scaling(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
             mscale_all_dim=f.optional("mscale_all_dim"),
             truncate=bool(f.get("truncate", True)),
         )
-    raise ConfigError(f"config.json: rope scaling {str(kind)[:40]} is not supported; linear, llama3 and yarn are")
+    raise ConfigError(
+        f"config.json: rope scaling {str(kind)[:40]} is not supported; linear, llama3 and yarn are"
+    )

@@ -33,7 +33,8 @@ _PREFIXES = (
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
 )
-_OTHER_TOWERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_OTHER_TOWERS: tuple[str, ...] = ("vision_tower.", "multi_modal_projector.")
+_OTHER_TOWERS += tuple(f"model.{name}" for name in _OTHER_TOWERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class HfModel:
     def arch(self) -> ArchConfig:
         config = read_json(self.path / "config.json")
         if config is None:
-            raise ConfigError(f"model: {self.path.name} has no config.json; it is not a Hugging Face directory")
+            raise ConfigError(f"model: {self.path.name} has no config.json; is it a model directory?")
         return arch_from_config(config, read_json(self.path / "generation_config.json") or {})
 
     def tensors(self) -> TensorSource:
@@ -83,7 +84,7 @@ class HfModel:
             files = [self.path / name for name in sorted(values)]
         if not files or not all(f.is_file() for f in files):
             raise ConfigError(
-                f"model: {self.path.name} lacks weight files; safetensors are needed (.bin files are never read)"
+                f"model: {self.path.name} lacks weight files; safetensors are needed (.bin is never read)"
             )
         return files
 

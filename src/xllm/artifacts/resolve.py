@@ -93,7 +93,7 @@ def _find(
     model: str, revision: str | None, progress: Progress | None, allow_pull: bool, cache: Path | None
 ) -> ModelSource:
     if not model:
-        raise ConfigError(f"model: none given; try {CATALOGUE[0].name}, a directory, a .gguf file or a hub id")
+        raise ConfigError(f"model: none given; try {CATALOGUE[0].name}, or a path or hub id")
     entry = find_entry(model)
     if entry is not None:
         return _catalogue_model(entry, progress, allow_pull, cache)

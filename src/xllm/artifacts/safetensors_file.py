@@ -113,16 +113,19 @@ def _stored(entry: Any, base: int, file_bytes: int) -> StoredTensor:
 def _fields(entry: Any) -> tuple[str, list[int], list[int]]:
     if not isinstance(entry, dict):
         raise SafetensorsError("a tensor's entry is not an object")
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if dtype not in _ITEM_BYTES:
+    dtype = entry.get("dtype")
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         raise SafetensorsError("a tensor has a type that is not supported")
-    if not _naturals(shape) or len(shape) > MAX_DIMS or not _naturals(offsets) or len(offsets) != 2:
+    shape, offsets = _naturals(entry.get("shape")), _naturals(entry.get("data_offsets"))
+    if shape is None or len(shape) > MAX_DIMS or offsets is None or len(offsets) != 2:
         raise SafetensorsError("a tensor's shape or offsets are damaged")
     return dtype, shape, offsets
 
 
-def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+def _naturals(values: Any) -> list[int] | None:
+    if isinstance(values, list) and all(type(v) is int and v >= 0 for v in values):
+        return values
+    return None
 
 
 def _check_disjoint(tensors: Mapping[str, StoredTensor]) -> None:

@@ -26,8 +26,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Array]) -> None:
         dtype = _DTYPES.get(values.dtype.name)
         if dtype is None:
             raise ValueError(f"{name} has dtype {values.dtype.name}")
-        header[name] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": [offset, offset + values.nbytes]}
-        offset += values.nbytes
+        end = offset + values.nbytes
+        header[name] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": [offset, end]}
+        offset = end
     head = json.dumps(header, separators=(",", ":")).encode("utf-8")
     # Data starts at a multiple of 8, so that mapped tensors are aligned.
     head += b" " * (-len(head) % 8)

@@ -7,21 +7,40 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
+from xllm.arch import ArchConfig
 from xllm.artifacts.resolve import resolve
 from xllm.config import EngineConfig, ModelConfig, env
 from xllm.config.report import gib
+from xllm.engine.platform import host
 from xllm.engine.platform.registry import survey
 from xllm.errors import ConfigError
 from xllm.version import __version__
 
 PACKAGES = ("msgspec", "numpy", "tokenizers", "jinja2", "gguf", "safetensors", "huggingface_hub", "torch")
+
+COMPUTES_NOTHING = "null"
+
+# Stands in for a model when none is named: a platform must at least take the plainest one.
+PLAINEST = ArchConfig(
+    name="llama",
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=16,
+    vocab_size=256,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    max_position=2048,
+    tie_word_embeddings=True,
+    layer_windows=(None,),
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -31,40 +50,34 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for title, lines in (
-        ("machine", machine()),
-        ("packages", packages()),
-        ("memory and disk", memory()),
-        ("settings", settings_lines()),
-    ):
-        print(title)
-        for line in lines:
-            print(f"  {line}")
-    usable = _platforms(args.model_name)
-    model_ok = _model(args.model_name) if args.model_name else True
-    return 0 if usable and model_ok else 1
+    _show("machine", machine())
+    _show("packages", packages())
+    _show("memory and disk", memory())
+    _show("settings", settings_lines())
+    arch: ArchConfig | None = PLAINEST
+    if args.model_name:
+        arch, facts = model_facts(args.model_name)
+        _show(f"model {args.model_name}", facts)
+    reasons = survey(EngineConfig(model=ModelConfig(model=args.model_name or "")), arch or PLAINEST)
+    _show("platforms", (f"{name}: {_verdict(why)}" for name, why in reasons.items()))
+    usable = any(not why for name, why in reasons.items() if name != COMPUTES_NOTHING)
+    return 0 if usable and arch is not None else 1
+
+
+def _show(title: str, lines: Iterable[str]) -> None:
+    print(title)
+    for line in lines:
+        print(f"  {line}")
+
+
+def _verdict(reasons: tuple[str, ...]) -> str:
+    return f"no: {'; '.join(reasons)}" if reasons else "can be used"
 
 
 def machine() -> Iterator[str]:
     yield f"xllm {__version__}, Python {platform.python_version()} at {sys.executable}"
-    yield f"{platform.system()} {platform.release()} {platform.machine()}, {os.cpu_count()} cores"
-    if flags := cpu_flags():
-        shown = [
-            flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile") if flag in flags
-        ]
-        yield f"vector units: {', '.join(shown) or 'baseline only'}"
-
-
-def cpu_flags() -> frozenset[str]:
-    """Feature names of the first core; empty where the kernel does not say."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return frozenset()
-    for line in text.splitlines():
-        if line.startswith("flags"):
-            return frozenset(line.partition(":")[2].split())
-    return frozenset()
+    yield f"{platform.system()} {platform.release()} {platform.machine()}, {host.num_cores()} cores"
+    yield f"vector units: {host.isa()}"
 
 
 def packages() -> Iterator[str]:
@@ -79,24 +92,10 @@ def packages() -> Iterator[str]:
 
 
 def memory() -> Iterator[str]:
-    available = available_bytes()
-    if available is not None:
-        yield f"memory available: {gib(available)}"
+    yield f"memory available: {gib(host.available_bytes())}"
     cache = env.cache_dir()
     existing = next(path for path in (cache, *cache.parents) if path.exists())
     yield f"models are kept in {cache} ({gib(shutil.disk_usage(existing).free)} free)"
-
-
-def available_bytes() -> int | None:
-    """Memory that can be had without swapping, or None where the kernel does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def settings_lines() -> Iterator[str]:
@@ -105,27 +104,15 @@ def settings_lines() -> Iterator[str]:
     yield f"environment: {', '.join(names)}" if names else "environment: no XLLM_ variable is set"
 
 
-def _platforms(model: str | None) -> bool:
-    config = EngineConfig(model=ModelConfig(model=model or ""))
-    print("platforms")
-    usable = False
-    for name, reasons in survey(config).items():
-        usable = usable or (not reasons and name != "null")
-        print(f"  {name}: {'can be used' if not reasons else 'no: ' + '; '.join(reasons)}")
-    return usable
-
-
-def _model(name: str) -> bool:
-    print(f"model {name}")
+def model_facts(name: str) -> tuple[ArchConfig | None, list[str]]:
+    """What the model is, or None and why it cannot be read."""
     try:
         source = resolve(name, allow_pull=False)
         arch = source.arch()
     except ConfigError as error:
-        print(f"  {error.message}")
-        return False
-    print(f"  {source.kind} at {source.path}")
-    print(
-        f"  {arch.name}: {arch.num_layers} layers, hidden {arch.hidden_size}, {arch.num_heads} heads / "
-        f"{arch.num_kv_heads} KV heads, vocabulary {arch.vocab_size}, context {arch.max_position} tokens"
-    )
-    return True
+        return None, [error.message]
+    return arch, [
+        f"{source.kind} at {source.path}",
+        f"{arch.name}: {arch.num_layers} layers, hidden {arch.hidden_size}, {arch.num_heads} heads / "
+        f"{arch.num_kv_heads} KV heads, vocabulary {arch.vocab_size}, context {arch.max_position} tokens",
+    ]

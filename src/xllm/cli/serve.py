@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import logging
 import signal
 import sys
 
@@ -17,6 +16,7 @@ from xllm.cli.serving import SECTIONS, Running, running
 from xllm.cli.settings import add_settings, load_settings
 from xllm.config import ServerConfig
 from xllm.config.load import Loaded
+from xllm.observability.logs import setup_logging
 from xllm.version import __version__
 
 
@@ -27,28 +27,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     loaded = load_settings(args, *SECTIONS)
     level = loaded.build(ServerConfig).log_level
-    logging.basicConfig(
-        level=level.upper(), stream=sys.stderr, format="%(levelname).1s %(name)s: %(message)s"
-    )
+    setup_logging(level)
     return asyncio.run(_serve(loaded))
 
 
 async def _serve(loaded: Loaded) -> int:
+    say(f"xLLM {__version__}: starting")
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    task = asyncio.current_task()
+    ready = asyncio.Event()
+    work = asyncio.create_task(_run_until(stop, ready, loaded))
 
     def on_signal() -> None:
-        if stop.is_set() and task is not None:
-            task.cancel()
+        # Nothing to drain while loading, and a second signal means: now.
+        if stop.is_set() or not ready.is_set():
+            work.cancel()
         stop.set()
 
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    say(f"xLLM {__version__}: starting")
-    starting = asyncio.create_task(_run_until(stop, loaded))
     try:
-        await starting
+        await work
     except asyncio.CancelledError:
         say("stopped at once")
         return 130
@@ -56,15 +55,12 @@ async def _serve(loaded: Loaded) -> int:
     return 0
 
 
-async def _run_until(stop: asyncio.Event, loaded: Loaded) -> None:
+async def _run_until(stop: asyncio.Event, ready: asyncio.Event, loaded: Loaded) -> None:
     async with running(loaded, say) as server:
         for line in welcome(server):
             say(line)
-        lost = asyncio.create_task(server.lost())
-        stopped = asyncio.create_task(stop.wait())
-        await asyncio.wait((lost, stopped), return_when=asyncio.FIRST_COMPLETED)
-        lost.cancel()
-        stopped.cancel()
+        ready.set()
+        await stop.wait()
         say("draining: running answers may end, nothing new is accepted")
 
 
@@ -72,10 +68,11 @@ def welcome(server: Running) -> list[str]:
     """What to do now, with a command that can be pasted."""
     card = server.card
     body = {"model": card.model_id, "messages": [{"role": "user", "content": "Say hello."}]}
+    exact = "bitwise reproducible" if card.deterministic else "not bitwise reproducible"
     return [
-        f"model {card.model_id}: context {card.max_model_len} tokens, {card.dtype}, {card.num_pages} KV pages of "
-        f"{card.page_size} tokens, numerics class {card.numerics_class[:12]}"
-        f"{'' if card.deterministic else ' (not bitwise reproducible)'}",
+        f"model {card.model_id}: context {card.max_model_len} tokens, {card.dtype}, "
+        f"{card.num_pages} KV pages of {card.page_size} tokens",
+        f"numerics class {card.numerics_class[:12]}, {exact}",
         f"ready: {server.base_url}",
         f"try: curl {server.base_url}/v1/chat/completions -H 'content-type: application/json' "
         f"-d '{json.dumps(body)}'",

@@ -5,19 +5,19 @@ Order matters: the port is opened last, so that whoever can connect is served, a
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from xllm.api.server import ApiServer, start_server
+from xllm.api.app import create_app
+from xllm.api.metrics import Metrics
+from xllm.api.server import HttpServer
 from xllm.clock import Clock, SystemClock
 from xllm.config import EngineConfig, FrontConfig, ServerConfig
 from xllm.config.load import Loaded
 from xllm.config.report import StartupReport, sources_lines
 from xllm.errors import ConfigError
-from xllm.observability.metrics import Metrics
-from xllm.service.front import Front
-from xllm.service.instances.local import LocalEngine
+from xllm.service.local import LocalService
 from xllm.types import ModelCard
 
 SECTIONS = (EngineConfig, FrontConfig, ServerConfig)
@@ -31,53 +31,50 @@ class Running:
 
     base_url: str
     card: ModelCard
-    lost: Callable[[], Awaitable[None]]
-    """Waits until no engine is left that could serve."""
+    service: LocalService
 
 
 @asynccontextmanager
 async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> AsyncIterator[Running]:
-    """Start everything, yield, then drain and end everything, in the reverse order."""
+    """Start everything, yield, then drain and end everything in the reverse order."""
     clock = clock or SystemClock()
-    engine_config, front_config, server_config = (loaded.build(section) for section in SECTIONS)
+    engine_config, front_config, server_config = (
+        loaded.build(EngineConfig),
+        loaded.build(FrontConfig),
+        loaded.build(ServerConfig),
+    )
     if not engine_config.model.model:
         raise ConfigError("name a model, e.g. xllm serve smollm2 (xllm list shows more)")
-    report = StartupReport(clock)
     for line in (*loaded.notes, *sources_lines(loaded.values, loaded.sources)):
         say(f"  {line}")
-    engine = await LocalEngine.launch(
-        engine_config,
-        lambda stage, seconds: say(f"  {seconds:7.2f} s  engine: {stage}"),
-        timeout_s=front_config.start_timeout_s,
+    report = StartupReport(clock)
+    metrics = Metrics()
+    service = await LocalService.start(
+        [engine_config],
+        front_config,
+        clock,
+        on_progress=lambda stage, seconds: say(f"  {seconds:7.2f} s  engine: {stage}"),
+        observer=metrics,
         log_level=server_config.log_level,
     )
     try:
-        say(report.stage("engine process"))
+        (engine,) = service.engines
+        say(report.stage("engine and front together"))
         for line in engine.report:
             say(f"    {line}")
-        metrics = Metrics()
-        front = Front(front_config, None, clock, observer=metrics)
+        app = create_app(service.front, server_config, clock=clock, metrics=metrics)
+        server = HttpServer(app, server_config)
+        await server.start()
+        say(report.stage("HTTP"))
         try:
-            await front.add_instance(engine.stream, engine.card, name="engine-0", max_reqs=engine.max_reqs)
-            say(report.stage("front: tokenizer and template"))
-            server = await start_server(front, server_config, metrics=metrics)
-            say(report.stage("HTTP"))
-            say(report.total())
-            url = base_url(server_config.host, server.port)
-            try:
-                yield Running(url, engine.card, server, engine)
-            finally:
-                await front.drain()
-                await server.close()
+            yield Running(base_url(server_config.host, server.port), engine.card, service)
         finally:
-            await front.close()
+            await server.drain(service.front, front_config.shutdown_timeout_s)
     finally:
-        await engine.terminate()
+        await service.close()
 
 
 def base_url(host: str, port: int) -> str:
     """An address that a client on this machine can use."""
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
-    if ":" in shown and not shown.startswith("["):
-        shown = f"[{shown}]"
-    return f"http://{shown}:{port}"
+    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"

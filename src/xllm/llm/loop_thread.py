@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+SETTLE_S = 30.0
+
 
 class LoopThread:
     """An event loop on a thread of its own. Daemon, so that a program can always exit."""
@@ -28,7 +30,18 @@ class LoopThread:
             raise
 
     def stop(self) -> None:
+        """Let what still runs come to its end (clean-up after an interruption, say), then stop."""
+        asyncio.run_coroutine_threadsafe(_settle(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._loop.run_until_complete(self._loop.shutdown_default_executor())
         self._loop.close()
+
+
+async def _settle() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if not others:
+        return
+    _, stuck = await asyncio.wait(others, timeout=SETTLE_S)
+    for task in stuck:
+        task.cancel()
+    await asyncio.gather(*stuck, return_exceptions=True)

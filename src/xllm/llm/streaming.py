@@ -47,10 +47,10 @@ class AsyncLLM:
         `request_id` is the caller's name for `abort`. Raises RequestError when it is in use.
         """
         bench = await self._open_bench()
+        job = await asyncio.to_thread(bench.job, prompt, sampling_params, priority)
         name = request_id if request_id is not None else new_request_id()
         if name in self._running:
             raise RequestError("the request_id is in use", param="request_id")
-        job = await asyncio.to_thread(bench.job, prompt, sampling_params, priority)
         stream, builder = await bench.submit(job)
         self._running[name] = stream
         try:
@@ -69,6 +69,11 @@ class AsyncLLM:
         stream = self._running.get(request_id)
         if stream is not None and self._bench is not None:
             await self._bench.front.abort(stream.request_id)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that are being iterated."""
+        return len(self._running)
 
     async def shutdown(self) -> None:
         """End the engine process; idempotent."""

@@ -40,8 +40,10 @@ class Catalogue:
             # A big vocabulary takes a second to load; the loop has other requests to serve.
             self._text[key] = await asyncio.to_thread(TextAssets.from_card_assets, assets)
         self._instances[instance.name] = instance
-        for name in (instance.card.model_id, *instance.card.aliases):
-            self._names.setdefault(name, instance.card.model_id)
+        # A model's own id beats another model's alias; between aliases the first one stays.
+        self._names[instance.card.model_id] = instance.card.model_id
+        for alias in instance.card.aliases:
+            self._names.setdefault(alias, instance.card.model_id)
 
     def instances(self) -> tuple[Instance, ...]:
         """All, sorted by name."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Callable
 
 from xllm.clock import Clock
 from xllm.config import FrontConfig
-from xllm.errors import AbortedError, CapacityError, UnavailableError, XllmError
+from xllm.errors import AbortedError, CapacityError, InternalError, UnavailableError, XllmError
 from xllm.service.admission import RETRY_AFTER_S, Admission
 from xllm.service.assemble import assemble
 from xllm.service.catalogue import Catalogue
@@ -23,14 +24,9 @@ from xllm.service.journal import RequestJournal
 from xllm.service.live import LiveHooks, LiveRequest, StreamLimits
 from xllm.service.router.base import InstanceView, RequestView, RouterPolicy, RouterSnapshot
 from xllm.service.router.registry import load_policy
-from xllm.service.snapshot import (
-    FrontObserver,
-    FrontSnapshot,
-    InstanceSnapshot,
-    NullObserver,
-    RequestRecord,
-)
+from xllm.service.snapshot import FrontObserver, FrontSnapshot, InstanceSnapshot, NullObserver
 from xllm.service.stream import Delta
+from xllm.service.tally import Tally
 from xllm.text.assets import TextAssets
 from xllm.types import ModelCard, RequestSpec
 from xllm.wire.messages import Abort, Frame, Submit
@@ -80,11 +76,7 @@ class Front:
         )
         self._live: dict[str, _Placed] = {}
         self._turns: Counter[str] = Counter()
-        self._outcomes: Counter[str] = Counter()
-        self._num_accepted = 0
-        self._num_refused = 0
-        self._num_divergences = 0
-        self._num_stale_frames = 0
+        self._tally = Tally()
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -92,15 +84,28 @@ class Front:
     # -- instances ------------------------------------------------------------------------------
 
     async def add_instance(
-        self, stream: EngineStream, card: ModelCard, *, name: str, max_reqs: int | None = None
+        self,
+        stream: EngineStream,
+        card: ModelCard,
+        *,
+        name: str,
+        max_reqs: int | None = None,
+        on_lost: Callable[[], None] | None = None,
     ) -> Instance:
         """Serve `card`'s model over a stream whose engine has said Ready.
 
-        `max_reqs` is what the instance holds, running and queued. Raises as `Catalogue.add`; the
+        `max_reqs` is what the instance holds, running and queued. `on_lost` is called once if the
+        connection ends unasked, after its requests have ended. Raises as `Catalogue.add`; the
         stream is closed then.
         """
         instance = Instance(stream, card, name=name, max_reqs=max_reqs)
-        instance.start(on_frame=self._on_frame, on_lost=self._on_lost)
+
+        def lost(instance: Instance) -> None:
+            self._on_lost(instance)
+            if on_lost is not None:
+                on_lost()
+
+        instance.start(on_frame=self._on_frame, on_lost=lost)
         try:
             await self._catalogue.add(instance)
         except BaseException:
@@ -126,9 +131,9 @@ class Front:
         try:
             live = self._submit(draft)
         except XllmError:
-            self._num_refused += 1
+            self._tally.num_refused += 1
             raise
-        self._num_accepted += 1
+        self._tally.num_accepted += 1
         return live
 
     def _submit(self, draft: RequestDraft) -> LiveRequest:
@@ -193,7 +198,10 @@ class Front:
             placement.instance,
             ",".join(placement.reasons),
         )
-        return next(i for i in candidates if i.name == placement.instance)
+        chosen = next((i for i in candidates if i.name == placement.instance), None)
+        if chosen is None:
+            raise InternalError("the router policy chose an instance that it was not offered")
+        return chosen
 
     # -- what instances and streams tell -----------------------------------------------------------
 
@@ -228,25 +236,16 @@ class Front:
         if abort:
             placed.instance.post(Abort(request_id=live.request_id, attempt=journal.attempt))
         self._admission.release(journal.num_prompt_tokens)
-        self._num_divergences += journal.num_divergences
-        self._num_stale_frames += journal.num_stale_frames
-        outcome = live.error.code if live.error is not None else str(journal.choices[0].finish_reason)
-        self._outcomes[outcome] += 1
+        record = self._tally.ended(
+            live,
+            model=placed.instance.card.model_id,
+            instance=placed.instance.name,
+            first_s=placed.first_s,
+            now_s=self._clock.monotonic_s(),
+        )
         if not self._live:
             self._idle.set()
-        self._observer.on_ended(
-            RequestRecord(
-                request_id=live.request_id,
-                model=placed.instance.card.model_id,
-                instance=placed.instance.name,
-                outcome=outcome,
-                finish_reasons=tuple(c.finish_reason for c in journal.choices),
-                usage=journal.usage(),
-                e2e_s=self._clock.monotonic_s() - live.submitted_s,
-                ttft_s=None if placed.first_s is None else placed.first_s - live.submitted_s,
-                queue_s=journal.queue_ms / 1000,
-            )
-        )
+        self._observer.on_ended(record)
 
     # -- state ------------------------------------------------------------------------------------
 
@@ -265,11 +264,11 @@ class Front:
             num_inflight_reqs=self._admission.num_reqs,
             num_inflight_tokens=self._admission.num_tokens,
             draining=self._draining,
-            num_accepted=self._num_accepted,
-            num_refused=self._num_refused,
-            num_ended=dict(self._outcomes),
-            num_divergences=self._num_divergences,
-            num_stale_frames=self._num_stale_frames,
+            num_accepted=self._tally.num_accepted,
+            num_refused=self._tally.num_refused,
+            num_ended=dict(self._tally.num_ended),
+            num_divergences=self._tally.num_divergences,
+            num_stale_frames=self._tally.num_stale_frames,
             instances=instances,
         )
 
@@ -297,6 +296,8 @@ class Front:
         """
         self._draining = True
         limit_s = self._config.shutdown_timeout_s if timeout_s is None else timeout_s
+        if self._idle.is_set():
+            return True
         try:
             await asyncio.wait_for(self._idle.wait(), limit_s)
         except TimeoutError:

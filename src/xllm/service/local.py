@@ -22,6 +22,7 @@ class LocalService:
     def __init__(self, front: Front, engines: tuple[LocalEngine, ...]) -> None:
         self.front = front
         self.engines = engines
+        self._reports: list[asyncio.Task[None]] = []
 
     @classmethod
     async def start(
@@ -55,12 +56,16 @@ class LocalService:
         engine = await LocalEngine.launch(config, on_progress, timeout_s=timeout_s, log_level=log_level)
         self.engines = (*self.engines, engine)
         await self.front.add_instance(
-            engine.stream, engine.card, name=f"engine-{len(self.engines) - 1}", max_reqs=engine.max_reqs
+            engine.stream,
+            engine.card,
+            name=f"engine-{len(self.engines) - 1}",
+            max_reqs=engine.max_reqs,
+            on_lost=lambda: self._reports.append(asyncio.create_task(engine.report_exit())),
         )
 
     async def close(self, drain_s: float = 0.0) -> bool:
         """Let running requests end within `drain_s`, then end everything; True if none was cut off."""
         complete = await self.front.drain(drain_s)
         await self.front.close()
-        await asyncio.gather(*(engine.terminate() for engine in self.engines))
+        await asyncio.gather(*(engine.terminate() for engine in self.engines), *self._reports)
         return complete

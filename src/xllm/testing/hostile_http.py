@@ -144,7 +144,9 @@ def _is_error_json(body: bytes) -> bool:
     return isinstance(value, dict) and {"message", "type", "param", "code"} == set(value.get("error", ()))
 
 
-def post(*headers: bytes, body: bytes = JSON_BODY, length: bool = True, path: bytes = b"/v1/completions") -> bytes:
+def post(
+    *headers: bytes, body: bytes = JSON_BODY, length: bool = True, path: bytes = b"/v1/completions"
+) -> bytes:
     """A POST with exactly these extra header lines (without CRLF)."""
     lines = [b"POST " + path + b" HTTP/1.1", b"Host: localhost", b"Content-Type: application/json", *headers]
     if length:
@@ -166,23 +168,48 @@ def cases(header_timeout_s: float, body_timeout_s: float, max_body_bytes: int) -
     # Wide enough for a server that looks at its clock once a second, too short for one without a clock.
     slow_head, slow_body = header_timeout_s + 2.5, body_timeout_s + 2.5
     return [
-        _case("1 TLS hello", "0 400", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(64)), within_s=1.5),
+        _case(
+            "1 TLS hello",
+            "0 400",
+            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(64)),
+            within_s=1.5,
+        ),
         _case("1 SSH banner", "0 400", b"SSH-2.0-OpenSSH_9.2\r\n", within_s=1.5),
         _case("2 HTTP/0.9", "0 400 505", b"GET /health\r\n\r\n", within_s=1.5),
         _case("2 HTTP/2 preface", "0 400 505", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", within_s=1.5),
         _case("2 HTTP/3.7", "0 400 505", b"GET /health HTTP/3.7\r\n" + HOST + b"\r\n", within_s=1.5),
-        _case("3 slow head", "408", b"GET /health HTTP/1.1\r\n", *([b"X"] * 40), gap_s=0.2, within_s=slow_head),
+        _case(
+            "3 slow head", "408", b"GET /health HTTP/1.1\r\n", *([b"X"] * 40), gap_s=0.2, within_s=slow_head
+        ),
         _case("3 silent connection", "0 408", b"", within_s=slow_head),
-        _case("4 slow body", "408", post(b"Content-Length: 1048576", body=b"", length=False), *([b"x"] * 60),
-              gap_s=0.2, within_s=slow_body),
-        _case("4 slow chunked body", "408", post(b"Transfer-Encoding: chunked", body=b"", length=False),
-              *([b"1\r\nx\r\n"] * 60), gap_s=0.2, within_s=slow_body),
-        _case("6 headers 64 KiB + 1", "431", GET + b"".join(b"X-%d: %s\r\n" % (i, b"a" * 1000) for i in range(66)) + b"\r\n"),
+        _case(
+            "4 slow body",
+            "408",
+            post(b"Content-Length: 1048576", body=b"", length=False),
+            *([b"x"] * 60),
+            gap_s=0.2,
+            within_s=slow_body,
+        ),
+        _case(
+            "4 slow chunked body",
+            "408",
+            post(b"Transfer-Encoding: chunked", body=b"", length=False),
+            *([b"1\r\nx\r\n"] * 60),
+            gap_s=0.2,
+            within_s=slow_body,
+        ),
+        _case(
+            "6 headers 64 KiB + 1",
+            "431",
+            GET + b"".join(b"X-%d: %s\r\n" % (i, b"a" * 1000) for i in range(66)) + b"\r\n",
+        ),
         _case("6 101 headers", "431", GET + b"".join(b"X-%d: a\r\n" % i for i in range(100)) + b"\r\n"),
         _case("6 1 MiB header name", "431", GET + b"X" * (1 << 20) + b": a\r\n\r\n"),
         _case("7 NUL in a header", "400", GET + b"X-A: a\x00b\r\n\r\n"),
         _case("7 bare LF", "400", b"GET /health HTTP/1.1\nHost: localhost\n\n", within_s=2),
-        _case("7 bare LF inside", "400", b"GET /health HTTP/1.1\r\nHost: localhost\nX-A: b\r\n\r\n", within_s=2),
+        _case(
+            "7 bare LF inside", "400", b"GET /health HTTP/1.1\r\nHost: localhost\nX-A: b\r\n\r\n", within_s=2
+        ),
         _case("7 folded header", "400", GET + b"X-A: a\r\n b\r\n\r\n"),
         _case("7 bare CR", "400", GET + b"X-A: a\rX-B: b\r\n\r\n"),
         _case("7 space before colon", "400", GET + b"X-A : a\r\n\r\n"),
@@ -191,40 +218,130 @@ def cases(header_timeout_s: float, body_timeout_s: float, max_body_bytes: int) -
         _case("8 length list", "400", post(b"Content-Length: 5, 5", body=b"aaaaa", length=False)),
         _case("8 length and chunked", "400", post(b"Transfer-Encoding: chunked", body=b"0\r\n\r\n")),
         _case("8 xchunked", "400 501", post(b"Transfer-Encoding: xchunked", body=b"0\r\n\r\n", length=False)),
-        _case("8 chunked, identity", "400 501", post(b"Transfer-Encoding: chunked, identity", body=b"0\r\n\r\n", length=False)),
-        _case("8 chunked twice", "400 501", post(b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked",
-                                                 body=b"0\r\n\r\n", length=False)),
+        _case(
+            "8 chunked, identity",
+            "400 501",
+            post(b"Transfer-Encoding: chunked, identity", body=b"0\r\n\r\n", length=False),
+        ),
+        _case(
+            "8 chunked twice",
+            "400 501",
+            post(
+                b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked", body=b"0\r\n\r\n", length=False
+            ),
+        ),
         *(
-            _case(f"8 length {v.decode()}", "400 413", post(b"Content-Length: " + v, body=b"aaaaa", length=False))
+            _case(
+                f"8 length {v.decode()}",
+                "400 413",
+                post(b"Content-Length: " + v, body=b"aaaaa", length=False),
+            )
             for v in (b"+5", b"-1", b"1e3", b"18446744073709551616", b"0x5", b"5 5", b"1_0")
         ),
-        _case("9 chunk size overflow", "400 413", post(b"Transfer-Encoding: chunked", body=b"FFFFFFFFFFFFFFFFF\r\nx", length=False)),
-        _case("9 chunk size signed", "400", post(b"Transfer-Encoding: chunked", body=b"+1\r\nx\r\n0\r\n\r\n", length=False)),
-        _case("9 chunk without CRLF", "400", post(b"Transfer-Encoding: chunked", body=b"1\r\nxyz\r\n0\r\n\r\n", length=False)),
-        _case("9 chunk extension 1 MiB", "400 431", post(b"Transfer-Encoding: chunked", body=b"1;" + b"a" * (1 << 20), length=False)),
-        _case("9 chunk bare LF", "400", post(b"Transfer-Encoding: chunked", body=b"1\nx\n0\n\n", length=False), within_s=2),
-        _case("10 length too large, FIN", "0 400", post(b"Content-Length: 999", length=False), shutdown_write=True),
-        _case("10 length too small", "200 400 404", post(b"Content-Length: 2", body=b'{}{"a": "b"}', length=False), max_ok=1),
+        _case(
+            "9 chunk size overflow",
+            "400 413",
+            post(b"Transfer-Encoding: chunked", body=b"FFFFFFFFFFFFFFFFF\r\nx", length=False),
+        ),
+        _case(
+            "9 chunk size signed",
+            "400",
+            post(b"Transfer-Encoding: chunked", body=b"+1\r\nx\r\n0\r\n\r\n", length=False),
+        ),
+        _case(
+            "9 chunk without CRLF",
+            "400",
+            post(b"Transfer-Encoding: chunked", body=b"1\r\nxyz\r\n0\r\n\r\n", length=False),
+        ),
+        _case(
+            "9 chunk extension 1 MiB",
+            "400 431",
+            post(b"Transfer-Encoding: chunked", body=b"1;" + b"a" * (1 << 20), length=False),
+        ),
+        _case(
+            "9 chunk bare LF",
+            "400",
+            post(b"Transfer-Encoding: chunked", body=b"1\nx\n0\n\n", length=False),
+            within_s=2,
+        ),
+        _case(
+            "10 length too large, FIN",
+            "0 400",
+            post(b"Content-Length: 999", length=False),
+            shutdown_write=True,
+        ),
+        _case(
+            "10 length too small",
+            "200 400 404",
+            post(b"Content-Length: 2", body=b'{}{"a": "b"}', length=False),
+            max_ok=1,
+        ),
         _case("12 unknown Expect", "417", post(b"Expect: 200-maybe"), must_close=False),
-        _case("13 body too large by length", "413", post(b"Content-Length: %d" % big, body=b"", length=False), layer="app"),
-        _case("13 body too large, chunked", "413", post(b"Transfer-Encoding: chunked", body=b"", length=False),
-              *([b"100000\r\n" + b"x" * 0x100000 + b"\r\n"] * (max_body_bytes // 0x100000 + 1)), layer="app", within_s=10),
+        _case(
+            "13 body too large by length",
+            "413",
+            post(b"Content-Length: %d" % big, body=b"", length=False),
+            layer="app",
+        ),
+        _case(
+            "13 body too large, chunked",
+            "413",
+            post(b"Transfer-Encoding: chunked", body=b"", length=False),
+            *([b"100000\r\n" + b"x" * 0x100000 + b"\r\n"] * (max_body_bytes // 0x100000 + 1)),
+            layer="app",
+            within_s=10,
+        ),
         *(
-            _case(f"14 content-encoding {e.decode()}", "415", post(b"Content-Encoding: " + e), layer="app", must_close=False)
+            _case(
+                f"14 content-encoding {e.decode()}",
+                "415",
+                post(b"Content-Encoding: " + e),
+                layer="app",
+                must_close=False,
+            )
             for e in (b"gzip", b"br", b"zstd", b"gzip, gzip")
         ),
         _case("16 method with control byte", "400", b"FOO\x01 /health HTTP/1.1\r\n" + HOST + b"\r\n"),
-        _case("16 unknown method", "405 501 400", b"FOO /health HTTP/1.1\r\n" + HOST + b"\r\n", layer="app", must_close=False),
-        _case("17 8 KiB path", "400 404 414", b"GET /" + b"a" * 8192 + b" HTTP/1.1\r\n" + HOST + b"\r\n", layer="app", must_close=False),
+        _case(
+            "16 unknown method",
+            "405 501 400",
+            b"FOO /health HTTP/1.1\r\n" + HOST + b"\r\n",
+            layer="app",
+            must_close=False,
+        ),
+        _case(
+            "17 8 KiB path",
+            "400 404 414",
+            b"GET /" + b"a" * 8192 + b" HTTP/1.1\r\n" + HOST + b"\r\n",
+            layer="app",
+            must_close=False,
+        ),
         _case("17 NUL in path", "400", b"GET /a\x00b HTTP/1.1\r\n" + HOST + b"\r\n"),
-        _case("17 %zz in path", "400 404", b"GET /%zz HTTP/1.1\r\n" + HOST + b"\r\n", layer="app", must_close=False),
+        _case(
+            "17 %zz in path",
+            "400 404",
+            b"GET /%zz HTTP/1.1\r\n" + HOST + b"\r\n",
+            layer="app",
+            must_close=False,
+        ),
         _case("17 non-ASCII path", "400", b"GET /\xff\xfe HTTP/1.1\r\n" + HOST + b"\r\n"),
         _case("18 two Host", "400", GET + b"Host: evil\r\n\r\n"),
         _case("18 no Host", "400", b"GET /health HTTP/1.1\r\n\r\n"),
         *(
-            _case(f"18 Host {h.decode()}", "400 421", b"GET /v1/models HTTP/1.1\r\nHost: " + h + b"\r\n\r\n",
-                  layer="app", must_close=False)
+            _case(
+                f"18 Host {h.decode()}",
+                "400 421",
+                b"GET /v1/models HTTP/1.1\r\nHost: " + h + b"\r\n\r\n",
+                layer="app",
+                must_close=False,
+            )
             for h in (b"x/?", b"x/#", b"a@b", b"localhost:99999", b"evil.example")
         ),
-        _case("18 absolute form", "400 421", b"GET http://evil/v1/models HTTP/1.1\r\n" + HOST + b"\r\n", layer="app", must_close=False),
+        _case(
+            "18 absolute form",
+            "400 421",
+            b"GET http://evil/v1/models HTTP/1.1\r\n" + HOST + b"\r\n",
+            layer="app",
+            must_close=False,
+        ),
     ]

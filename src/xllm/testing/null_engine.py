@@ -12,10 +12,11 @@ from xllm.engine.core import EngineCore
 from xllm.engine.executor import InProcExecutor
 from xllm.engine.memory.manager import PageManager
 from xllm.engine.platform.null_runner import NullRunner
+from xllm.engine.sampling import Sampler
 from xllm.engine.scheduler.order import create_order
 from xllm.engine.scheduler.scheduler import Scheduler
 from xllm.testing.clock import FakeClock
-from xllm.types import KVGroup, ModelCard, RequestSpec, SamplingParams, TokenSegment
+from xllm.types import KVGroup, KVLayout, ModelCard, RequestSpec, SamplingParams, TokenSegment
 from xllm.wire.messages import Frame
 
 VOCAB_SIZE = 512
@@ -92,7 +93,8 @@ def null_engine(
         max_model_len=max_model_len,
         eos_token_ids=(EOS,),
     )
-    runner = NullRunner(groups, [num_pages] * len(groups), VOCAB_SIZE)
+    layout = KVLayout(groups=groups, dtype="float32")
+    runner = NullRunner(layout, [num_pages] * len(groups), VOCAB_SIZE, Sampler())
     card = null_card(num_pages, max_model_len)
     core = EngineCore(card, scheduler, memory, InProcExecutor(runner), clock)
     return NullEngine(core=core, memory=memory, runner=runner, clock=clock)

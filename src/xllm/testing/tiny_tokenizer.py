@@ -48,6 +48,8 @@ def tiny_assets(vocab_size: int = 512) -> dict[str, bytes]:
     }
 
 
+_COMMON = "etaoinshrdlu"
+
 _TEXT_CONFIG: dict[str, Any] = {
     "bos_token": None,
     "bos_token_id": None,
@@ -63,15 +65,12 @@ def _merges() -> Iterator[tuple[str, str]]:
     """Pairs whose parts exist before them: space+letter, two letters, then space+two letters."""
     space = BYTE_TO_CHAR[0x20]
     yield from ((space, letter) for letter in ascii_lowercase)
-    yield from product("etaoinshrdlu", repeat=2)
-    rest = [p for p in product(ascii_lowercase, repeat=2) if not set(p) <= set("etaoinshrdlu")]
-    yield from rest
-    yield from ((space + a, b) for a, b in product(ascii_lowercase, repeat=2))
+    yield from product(_COMMON, _COMMON)
+    yield from (p for p in product(ascii_lowercase, ascii_lowercase) if not set(p) <= set(_COMMON))
+    yield from ((space + a, b) for a, b in product(ascii_lowercase, ascii_lowercase))
 
 
-def _tokenizer_json(
-    tokens: list[str], merges: list[tuple[str, str]], specials: set[str]
-) -> dict[str, Any]:
+def _tokenizer_json(tokens: list[str], merges: list[tuple[str, str]], specials: set[str]) -> dict[str, Any]:
     return {
         "version": "1.0",
         "truncation": None,

@@ -104,7 +104,10 @@ class _Shield:
             ids += self._encode(usual, True, max_tokens)
             ids += self._encode(self.reveal(piece), False, max_tokens)
             usual = ""
-        return ids + self._encode(usual, True, max_tokens)
+        ids += self._encode(usual, True, max_tokens)
+        if max_tokens is not None and len(ids) > max_tokens:
+            raise RequestError(f"the text has more than {max_tokens} tokens", code="context_length_exceeded")
+        return ids
 
     def _encode(self, text: str, parse_special: bool, max_tokens: int | None) -> list[int]:
         if not text:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
@@ -24,6 +25,9 @@ MAX_RENDERED_CHARS = 64 * 1024 * 1024
 
 MAX_MESSAGE_CHARS = 300
 """Of the text a template gives to `raise_exception`."""
+
+MAX_RANGE_STEPS = 1_000_000
+"""Of all `range()` loops of one rendering together."""
 
 TEMPLATE_KWARGS = frozenset(
     {
@@ -71,7 +75,7 @@ class ChatTemplate:
         try:
             self._template = env.from_string(source)
         except (jinja2.TemplateError, RecursionError) as error:
-            raise ConfigError("chat_template: the template is not valid Jinja; give another by file") from error
+            raise ConfigError("chat_template: the template is not valid Jinja; give another one") from error
         self._special = {k: text_config[k] for k in _SPECIAL_KEYS if isinstance(text_config.get(k), str)}
         self.source = source
 
@@ -99,6 +103,7 @@ class ChatTemplate:
             "tools": tools,
             "documents": kwargs.get("documents"),
             "add_generation_prompt": add_generation_prompt,
+            "range": _budgeted_range(),
         }
         try:
             return _joined(self._template.generate(variables))
@@ -119,6 +124,21 @@ def _joined(pieces: Iterable[str]) -> str:
             raise RequestError("the rendered chat prompt is too long", code="template_error")
         parts.append(piece)
     return "".join(parts)
+
+
+def _budgeted_range() -> Callable[..., range]:
+    """`range` whose lengths are summed over one rendering, so that nested loops end as well."""
+    left = MAX_RANGE_STEPS
+
+    def limited(*args: int) -> range:
+        nonlocal left
+        steps = range(*args)
+        left -= len(steps)
+        if left < 0:
+            raise jinja2.exceptions.SecurityError("range is used for too many steps")
+        return steps
+
+    return limited
 
 
 class _Refused(jinja2.TemplateError):
@@ -153,21 +173,21 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
-            raise jinja2.sandbox.SecurityError("powers are not available")
+            raise jinja2.exceptions.SecurityError("powers are not available")
         for value, count in ((left, right), (right, left)):
             if (
                 isinstance(value, (str, list, tuple))
                 and isinstance(count, int)
                 and len(value) * count > MAX_RENDERED_CHARS
             ):
-                raise jinja2.sandbox.SecurityError("repetition is too long")
+                raise jinja2.exceptions.SecurityError("repetition is too long")
         return super().call_binop(context, operator, left, right)
 
 
 class _GenerationTag(jinja2.ext.Extension):
     """`{% generation %}…{% endgeneration %}` marks the assistant's part for training; here it is its body."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)

@@ -20,6 +20,7 @@ from xllm.text.literals import SpecialLiterals
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _METASPACE = "\u2581"
+_FIRST_LOOK_CHARS = 1 << 17
 
 
 class Tokenizer:
@@ -85,21 +86,31 @@ class Tokenizer:
 
         `add_special_tokens` adds what the model's post-processor adds (a BOS, say).
         `parse_special=False` encodes the literals of special tokens as plain text.
-        With `max_tokens`, text that cannot fit is refused before any work: no token stands for
-        more than `max_token_chars` characters of its input. The work itself is O(n log n).
+        With `max_tokens`, text that cannot fit is refused, long texts after a look at their start, so
+        that the work is bounded by the limit and not by the text. The work itself is O(n log n).
         Raises RequestError: invalid_unicode for lone surrogates, context_length_exceeded.
         """
-        if max_tokens is not None and len(text) > max_tokens * self.max_token_chars:
-            raise RequestError(
-                f"the text has more than {max_tokens} tokens", code="context_length_exceeded"
-            )
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RequestError("the text holds unpaired surrogates", code="invalid_unicode") from error
         lib = self._lib if parse_special else self._literal_lib
+        if max_tokens is not None:
+            self._refuse_hopeless(lib, text, max_tokens)
         ids: list[int] = lib.encode(text, add_special_tokens=add_special_tokens).ids
+        if max_tokens is not None and len(ids) > max_tokens:
+            raise _too_long(max_tokens)
         return ids
+
+    def _refuse_hopeless(self, lib: tokenizers.Tokenizer, text: str, max_tokens: int) -> None:
+        if len(text) > max_tokens * self.max_token_chars:
+            raise _too_long(max_tokens)
+        length = _FIRST_LOOK_CHARS
+        while length < len(text):
+            # Cutting a text changes tokens near the cut only; twice the limit leaves room for that.
+            if len(lib.encode(text[:length], add_special_tokens=False).ids) > 2 * max_tokens:
+                raise _too_long(max_tokens)
+            length *= 4
 
     @cached_property
     def max_token_chars(self) -> int:
@@ -180,6 +191,10 @@ class Tokenizer:
         return token.replace(_METASPACE, " ").encode("utf-8")
 
 
+def _too_long(max_tokens: int) -> RequestError:
+    return RequestError(f"the text has more than {max_tokens} tokens", code="context_length_exceeded")
+
+
 def _eos_ids(text_config: Mapping[str, Any]) -> tuple[int, ...]:
     ids: Sequence[int] | int | None = text_config.get("eos_token_ids") or text_config.get("eos_token_id")
     if ids is None:
@@ -202,5 +217,5 @@ def _decoder_rules(decoder: Any) -> tuple[bool, bool]:
         elif kind == "Replace" and step.get("pattern") == {"String": _METASPACE}:
             continue
         elif kind not in ("ByteFallback", "Fuse"):
-            raise ConfigError(f"tokenizer: decoder {kind} is not supported (byte level and SentencePiece are)")
+            raise ConfigError(f"tokenizer: decoder {kind} is not supported; ByteLevel and SentencePiece are")
     return byte_level, bool(strips)

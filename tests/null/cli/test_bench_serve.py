@@ -12,8 +12,8 @@ import pytest
 
 from xllm.cli.bench.datasets import Ask
 from xllm.cli.bench.generator import Target, run_load, send
-from xllm.cli.http_client import Server
 from xllm.cli.bench.metrics import Outcome
+from xllm.cli.http_client import Server
 from xllm.cli.main import main
 from xllm.clock import SystemClock
 

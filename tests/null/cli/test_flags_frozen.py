@@ -11,17 +11,17 @@ from xllm.cli.main import COMMANDS, main, parser_for
 MAX_FLAGS = 60
 
 SETTINGS = """
---model --tokenizer --revision --served-model-name --dtype --load-format --max-model-len --chat-
-template --seed --kv-cache-memory-bytes --num-pages --enable-prefix-caching --max-num-seqs --max-
-num-batched-tokens --enable-chunked-prefill --scheduling-policy --max-num-queued-reqs --logits-
-processors --platform --num-threads --config
+--model --tokenizer --revision --served-model-name --dtype --load-format --max-model-len
+--chat-template --seed --kv-cache-memory-bytes --num-pages --enable-prefix-caching --max-num-seqs
+--max-num-batched-tokens --enable-chunked-prefill --scheduling-policy --max-num-queued-reqs
+--logits-processors --platform --num-threads --config
 """.split()
 
 SERVING = """
---router-policy --max-num-inflight-reqs --max-num-inflight-tokens --stream-buffer-tokens --slow-
-reader-timeout-s --shutdown-timeout-s --start-timeout-s --host --port --api-key --allowed-origins
---allowed-hosts --max-body-bytes --max-connections --header-timeout-s --body-timeout-s --keep-alive-
-timeout-s --log-level
+--router-policy --max-num-inflight-reqs --max-num-inflight-tokens --stream-buffer-tokens
+--slow-reader-timeout-s --shutdown-timeout-s --start-timeout-s --host --port --api-key
+--allowed-origins --allowed-hosts --max-body-bytes --max-connections --header-timeout-s
+--body-timeout-s --keep-alive-timeout-s --log-level
 """.split()
 
 FLAGS = {

@@ -107,5 +107,6 @@ def sample(logits: np.ndarray, op: SampleOp) -> list[int]:
     y = [float(v / np.float32(op.params.temperature)) for v in x]
     ids = survivors(y, op)
     return [
-        min(ids, key=lambda t, c=choice: (-(y[t] + noise(op.seed, c, op.offset, t)), t)) for choice in op.choices
+        min(ids, key=lambda t, c=choice: (-(y[t] + noise(op.seed, c, op.offset, t)), t))
+        for choice in op.choices
     ]

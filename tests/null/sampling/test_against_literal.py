@@ -83,7 +83,9 @@ def test_draws_equal_the_literal_sampler(case: tuple[np.ndarray, SampleOp]) -> N
 @pytest.mark.parametrize("few", [0, 128, 10**9])
 @pytest.mark.parametrize("slack", [1e-4, 10.0])
 @pytest.mark.parametrize("small", [0, 1024])
-def test_no_shortcut_changes_a_draw(monkeypatch: pytest.MonkeyPatch, few: int, slack: float, small: int) -> None:
+def test_no_shortcut_changes_a_draw(
+    monkeypatch: pytest.MonkeyPatch, few: int, slack: float, small: int
+) -> None:
     """Each shortcut is switched off or forced in turn; tokens stay those of the literal sampler."""
     monkeypatch.setattr(sampler, "_FEW", few)
     monkeypatch.setattr(candidates_module, "_SLACK", slack)
@@ -97,9 +99,28 @@ def test_no_shortcut_changes_a_draw(monkeypatch: pytest.MonkeyPatch, few: int, s
 
 @given(row=ROWS, top_k=st.integers(0, 600), top_p=st.floats(1e-6, 1.0), min_p=st.floats(0.0, 1.0))
 @settings(max_examples=200, deadline=None, derandomize=True)
-def test_filters_keep_exactly_the_literal_set(row: np.ndarray, top_k: int, top_p: float, min_p: float) -> None:
+def test_filters_keep_exactly_the_literal_set(
+    row: np.ndarray, top_k: int, top_p: float, min_p: float
+) -> None:
     params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
     op = SampleOp(params=params, seed=0, choices=(0,), offset=0)
     kept = candidates(row, params).ids
     found = range(row.size) if kept is None else kept.tolist()
     assert sorted(found) == sorted(literal.survivors([float(v) for v in row], op))
+
+
+def test_a_crowd_of_unlikely_tokens_still_gets_its_share() -> None:
+    """2,000 tokens eight below the best hold 40 % of the mass: discarding them early would show."""
+    row = np.zeros(2000, dtype=np.float32)
+    row[1234] = 8.0
+    ops = [SampleOp(params=SamplingParams(), seed=3, choices=(0,), offset=o) for o in range(12)]
+    found = [drawn(row, op) for op in ops]
+    assert found == [literal.sample(row, op) for op in ops]
+    assert 2 <= found.count([1234]) <= 10
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (0.76, 4)])
+def test_a_token_whose_predecessors_reach_top_p_exactly_is_out(top_p: float, kept: int) -> None:
+    found = candidates(np.zeros(4, dtype=np.float32), SamplingParams(top_p=top_p)).ids
+    assert found is not None
+    assert found.tolist() == list(range(kept))

@@ -44,26 +44,34 @@ NOISE = [
 
 # params, offset → token per choice (0, 1, 2) with seed 2026; the row is `adr_row()`.
 DRAWS: list[tuple[dict[str, float], int, tuple[int, int, int]]] = [
-    ({'temperature': 0.0}, 0, (765, 765, 765)),
-    ({'temperature': 0.0}, 1, (765, 765, 765)),
-    ({'temperature': 1.0}, 0, (409, 541, 475)),
-    ({'temperature': 1.0}, 1, (53, 442, 376)),
-    ({'temperature': 0.7}, 0, (409, 541, 475)),
-    ({'temperature': 0.7}, 1, (53, 442, 376)),
-    ({'temperature': 2.0}, 0, (409, 541, 475)),
-    ({'temperature': 2.0}, 1, (53, 583, 376)),
-    ({'temperature': 1.0, 'top_k': 20}, 0, (409, 554, 66)),
-    ({'temperature': 1.0, 'top_k': 20}, 1, (409, 277, 376)),
-    ({'temperature': 1.0, 'top_p': 0.9}, 0, (409, 541, 475)),
-    ({'temperature': 1.0, 'top_p': 0.9}, 1, (53, 442, 376)),
-    ({'temperature': 1.5, 'min_p': 0.1}, 0, (409, 541, 475)),
-    ({'temperature': 1.5, 'min_p': 0.1}, 1, (53, 442, 376)),
-    ({'temperature': 0.8, 'top_k': 40, 'top_p': 0.95, 'min_p': 0.02}, 0, (409, 541, 475)),
-    ({'temperature': 0.8, 'top_k': 40, 'top_p': 0.95, 'min_p': 0.02}, 1, (53, 442, 376)),
+    ({"temperature": 0.0}, 0, (765, 765, 765)),
+    ({"temperature": 0.0}, 1, (765, 765, 765)),
+    ({"temperature": 1.0}, 0, (409, 541, 475)),
+    ({"temperature": 1.0}, 1, (53, 442, 376)),
+    ({"temperature": 0.7}, 0, (409, 541, 475)),
+    ({"temperature": 0.7}, 1, (53, 442, 376)),
+    ({"temperature": 2.0}, 0, (409, 541, 475)),
+    ({"temperature": 2.0}, 1, (53, 583, 376)),
+    ({"temperature": 1.0, "top_k": 20}, 0, (409, 554, 66)),
+    ({"temperature": 1.0, "top_k": 20}, 1, (409, 277, 376)),
+    ({"temperature": 1.0, "top_p": 0.9}, 0, (409, 541, 475)),
+    ({"temperature": 1.0, "top_p": 0.9}, 1, (53, 442, 376)),
+    ({"temperature": 1.5, "min_p": 0.1}, 0, (409, 541, 475)),
+    ({"temperature": 1.5, "min_p": 0.1}, 1, (53, 442, 376)),
+    ({"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.02}, 0, (409, 541, 475)),
+    ({"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.02}, 1, (53, 442, 376)),
 ]
 
 # logit below the top → weight.
-WEIGHTS = [(0.0, 17592186044416), (0.25, 13700808260851), (1.0, 6471803554423), (10.0, 798684009), (30.0, 1), (30.5, 0), (31.0, 0)]
+WEIGHTS = [
+    (0.0, 17592186044416),
+    (0.25, 13700808260851),
+    (1.0, 6471803554423),
+    (10.0, 798684009),
+    (30.0, 1),
+    (30.5, 0),
+    (31.0, 0),
+]
 
 
 def adr_row() -> np.ndarray:
@@ -89,7 +97,9 @@ def test_words_and_noise_are_those_of_the_adr(
 
 
 @pytest.mark.parametrize(("params", "offset", "tokens"), DRAWS)
-def test_draws_are_those_of_the_adr(params: dict[str, float], offset: int, tokens: tuple[int, int, int]) -> None:
+def test_draws_are_those_of_the_adr(
+    params: dict[str, float], offset: int, tokens: tuple[int, int, int]
+) -> None:
     op = SampleOp(params=SamplingParams(**params), seed=2026, choices=(0, 1, 2), offset=offset)  # type: ignore[arg-type]
     assert tuple(c.tokens[0].token_id for c in Sampler().sample(adr_row(), op)) == tokens
     assert tuple(literal.sample(adr_row(), op)) == tokens
@@ -118,7 +128,7 @@ def test_the_adr_prints_the_polynomial_of_the_code() -> None:
 
 
 def test_whole_vocabulary_words_equal_single_ones() -> None:
-    for width in (1, 2, 3, 4, 5, 101):
+    for width in (1, 2, 3, 4, 5, 101, 4 * 8192, 4 * 8192 + 1, 70_000):
         whole = vocabulary_words(-5, 3, 9, width)
         assert np.array_equal(whole, token_words(-5, 3, 9, np.arange(width)))
 
@@ -128,11 +138,11 @@ def test_ln_and_weights_are_close_to_libm() -> None:
     assert np.all(np.abs(ln(x) - np.log(x)) <= 2e-11 * (1 + np.abs(np.log(x))))
     logits = np.linspace(-30, 0, 5001).astype(np.float32)
     exact = np.exp(logits.astype(np.float64)) * 2**44
-    assert np.all(np.abs(weights(logits, np.float32(0)) - exact) <= 1 + 6e-9 * exact)
+    assert np.all(np.abs(weights(logits, np.float32(0)) - exact) <= 1 + 8e-9 * exact)
 
 
 def test_noise_stays_within_its_stated_bounds() -> None:
-    low, high = gumbel(np.array([0, ALL], dtype=np.uint64))
+    low, high = gumbel(np.array([0, ALL], dtype=np.uint32))
     assert MIN_NOISE < low < high < MAX_NOISE
     assert low == pytest.approx(-math.log(33 * math.log(2)), abs=1e-9)
     assert high == pytest.approx(33 * math.log(2), abs=1e-9)

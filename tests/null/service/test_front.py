@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 
 from tests.null.service.conftest import (
+    ASSETS,
     House,
     byte_ids,
     collect,
@@ -17,6 +19,7 @@ from tests.null.service.conftest import (
     tokens_of,
     turns,
 )
+from xllm.config import FrontConfig
 from xllm.errors import (
     AbortedError,
     CapacityError,
@@ -26,8 +29,12 @@ from xllm.errors import (
     RequestError,
     UnavailableError,
 )
+from xllm.service.front import Front
+from xllm.service.snapshot import RequestRecord
+from xllm.service.stream import Delta
+from xllm.testing.fake_engine import SampleEngine, sample_card
 from xllm.types import FinishReason
-from xllm.wire.messages import CREDIT_WINDOW, Abort, Frame, Submit
+from xllm.wire.messages import CREDIT_WINDOW, Abort, Drain, Frame, Submit
 
 
 async def test_text_tokens_and_usage_come_from_the_log(house: House) -> None:
@@ -356,3 +363,62 @@ async def test_a_front_without_engines_is_not_ready(house: House) -> None:
     assert house.front.ready() == (False, "loading")
     await house.engine()
     assert house.front.ready() == (True, "ready")
+
+
+async def test_a_model_is_found_by_its_aliases_but_an_id_beats_another_models_alias(house: House) -> None:
+    cat = msgspec.structs.replace(sample_card(ASSETS, model_id="cat"), aliases=("dog", "pet"))
+    house.engines += [SampleEngine(cat, ASSETS, script=say("miau"))]
+    await house.front.add_instance(house.engines[0].stream, cat, name="a")
+    await house.engine(model="dog", script=say("wuff"))
+    streams = [await house.submit(model=name) for name in ("cat", "pet", "dog")]
+    assert [text_of(await collect(s)) for s in streams] == ["miau", "miau", "wuff"]
+
+
+async def test_an_engine_without_its_text_assets_is_refused_and_closed(house: House) -> None:
+    card = msgspec.structs.replace(sample_card(ASSETS), assets={"tokenizer": "unknown"})
+    house.engines.append(SampleEngine(sample_card(ASSETS), ASSETS))
+    with pytest.raises(UnavailableError):
+        await house.front.add_instance(house.engines[0].stream, card, name="a")
+    assert house.front.models() == []
+    with pytest.raises(ConnectionError):
+        await house.engines[0].stream.send(Drain())
+
+
+async def test_an_instance_cannot_speak_for_a_request_of_another(house: House) -> None:
+    one, two = [await house.engine(auto=False) for _ in range(2)]
+    stream = await house.submit()
+    await one.saw(Submit)
+    two.say(Frame(request_id=stream.request_id, tokens=byte_ids("evil")))
+    two.say(Frame(request_id=stream.request_id, finish_reason=FinishReason.STOP, last=True))
+    other = await house.submit(max_tokens=1)
+    await two.saw(Submit)
+    two.step()
+    await collect(other)
+    assert stream.usage().completion_tokens == 0
+    assert not stream.ended
+
+
+async def test_the_observer_hears_of_output_and_of_one_end(house: House) -> None:
+    heard: list[object] = []
+
+    class Observer:
+        def on_delta(self, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
+            heard.append((model, len(delta.token_ids), gap_s, first))
+
+        def on_ended(self, record: RequestRecord) -> None:
+            heard.append(record)
+
+    house.front = Front(FrontConfig(), None, house.clock, observer=Observer())
+    engine = await house.engine(auto=False, script=say("a"))
+    stream = await house.submit()
+    await engine.saw(Submit)
+    for num_deltas in (1, 2):
+        house.clock.advance(0.5)
+        engine.step()
+        await turns(lambda: len(heard) >= num_deltas)  # noqa: B023  awaited at once
+    await collect(stream)
+    record = heard[-1]
+    assert isinstance(record, RequestRecord)
+    assert heard[:2] == [("sample", 1, 0.5, True), ("sample", 1, 0.5, False)]
+    assert (record.outcome, record.ttft_s, record.e2e_s) == ("stop", 0.5, 1.0)
+    assert len(heard) == 3

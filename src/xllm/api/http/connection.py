@@ -65,6 +65,7 @@ class Connection(asyncio.Protocol):
         transport.set_write_buffer_limits(high=self._limits.write_buffer_bytes)
         if not self._keeper.admit(self):
             self._refuse(UnavailableError("Too many connections.", code="too_many_connections"))
+            transport.close()  # at once: lingering would add to what is already too much
             return
         self._arm(self._limits.header_timeout_s, self._head_late)
 

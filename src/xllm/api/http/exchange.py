@@ -137,7 +137,6 @@ Handler = Callable[[Request, Reply], Awaitable[None]]
 
 _REASONS = {
     200: "OK",
-    204: "No Content",
     400: "Bad Request",
     401: "Unauthorized",
     403: "Forbidden",

@@ -64,7 +64,9 @@ def _message(value: Any, path: str) -> Message:
     message["content"] = _content(fields, optional=bool(calls))
     if role == "tool":
         fields_id = fields.require("tool_call_id")
-        message["tool_call_id"] = fields_id if isinstance(fields_id, str) else _not_string(fields, "tool_call_id")
+        message["tool_call_id"] = (
+            fields_id if isinstance(fields_id, str) else _not_string(fields, "tool_call_id")
+        )
     if (name := fields.string("name", max_chars=256)) is not None:
         message["name"] = name
     if (thought := fields.string("reasoning_content")) is not None:

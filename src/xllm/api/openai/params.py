@@ -47,11 +47,25 @@ def read_delivery(fields: Fields) -> Delivery:
 
 
 def read_sampling(
-    fields: Fields, card: ModelCard, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
+    fields: Fields,
+    card: ModelCard,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
 ) -> SamplingParams:
     """Sampling fields; what the body leaves out comes from the model's generation config."""
-    given: dict[str, Any] = {k: card.generation_config[k] for k in _MODEL_DEFAULTS if k in card.generation_config}
-    for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
+    given: dict[str, Any] = {
+        k: card.generation_config[k] for k in _MODEL_DEFAULTS if k in card.generation_config
+    }
+    for name in (
+        "temperature",
+        "top_p",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+    ):
         if (number := fields.number(name)) is not None:
             given[name] = number
     for name in ("n", "top_k", "seed", "min_tokens"):
@@ -88,7 +102,9 @@ def read_deadline_ms(request: Request) -> float | None:
         return None
     text = values[0].decode("latin-1")
     if len(values) > 1 or not _SECONDS.fullmatch(text) or float(text) <= 0:
-        raise RequestError("The x-request-timeout header must be a number of seconds.", param="x-request-timeout")
+        raise RequestError(
+            "The x-request-timeout header must be a number of seconds.", param="x-request-timeout"
+        )
     return float(text) * 1000
 
 
@@ -108,7 +124,9 @@ def _logit_bias(fields: Fields) -> dict[int, float] | None:
     if value is None:
         return None
     if len(value) > LIMITS.max_logit_bias:
-        raise bad_value("logit_bias", f"may have at most {LIMITS.max_logit_bias} entries", "value_out_of_range")
+        raise bad_value(
+            "logit_bias", f"may have at most {LIMITS.max_logit_bias} entries", "value_out_of_range"
+        )
     if not all(_TOKEN_ID.fullmatch(k) for k in value):
         raise bad_value("logit_bias", "must have token ids as keys")
     return {int(k): as_number(v, f"logit_bias.{k}") for k, v in value.items()}

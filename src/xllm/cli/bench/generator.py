@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from xllm.cli.bench.datasets import Ask
-from xllm.cli.http_client import Exchange, Server, TransportError, events
 from xllm.cli.bench.metrics import Outcome
+from xllm.cli.http_client import Exchange, Server, TransportError, events
 from xllm.clock import Clock
 
 

@@ -19,8 +19,8 @@ from xllm.cli.bench import datasets
 from xllm.cli.bench.arrivals import arrival_times, from_timestamps
 from xllm.cli.bench.datasets import Ask
 from xllm.cli.bench.generator import Target, run_load
-from xllm.cli.http_client import Exchange, Server, TransportError
 from xllm.cli.bench.metrics import Outcome, parse_goodput, summarise
+from xllm.cli.http_client import Exchange, Server, TransportError
 from xllm.clock import SystemClock
 from xllm.errors import ConfigError, UnavailableError
 

@@ -14,7 +14,7 @@ import xxhash
 from xllm.engine.plan import SequencePlan, SequenceResult, StepPlan, StepResult
 from xllm.engine.sampling import Sampler
 from xllm.errors import InternalError, XllmError
-from xllm.types import PAGE_SIZE, KVGroup
+from xllm.types import PAGE_SIZE, KVLayout
 
 Fault = Callable[[SequencePlan], None]
 """Called for each sequence before it is computed; raises to inject a failure."""
@@ -23,19 +23,23 @@ Fault = Callable[[SequencePlan], None]
 class NullRunner:
     """Same contract as a model's runner; `vocab_size` logits per row."""
 
+    deterministic = True
+    numerics = ("null",)
+
     def __init__(
         self,
-        groups: Sequence[KVGroup],
+        layout: KVLayout,
         num_pages: Sequence[int],
         vocab_size: int,
-        sampler: Sampler | None = None,
+        sampler: Sampler,
         fault: Fault | None = None,
     ) -> None:
-        self._windows = [g.window for g in groups]
+        self.kv_layout = layout
+        self._windows = [g.window for g in layout.groups]
         # Stale content must never be read, so it is recognisable.
         self._kv = [np.full((n, PAGE_SIZE), -1, dtype=np.int32) for n in num_pages]
         self._vocab_size = vocab_size
-        self._sampler = sampler or Sampler()
+        self._sampler = sampler
         self.fault = fault
 
     def execute(self, plan: StepPlan) -> StepResult:

@@ -86,7 +86,8 @@ def _top_p_sorted(kept: Candidates, top_p: float) -> Candidates:
 def _top_p(logits: F32, top_p: float) -> Candidates:
     """Nucleus of a whole row, without the exact total where a bracket of it decides the same."""
     top = logits.max()
-    about = np.exp(logits - top)
+    about = logits - top
+    np.exp(about, out=about)
     total = float(about.sum(dtype=np.float64)) * WEIGHT_ONE
     low, high = total * (1 - _SLACK), total * (1 + _SLACK)
     for depth in _HEADS:

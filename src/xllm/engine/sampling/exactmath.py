@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from xllm.engine.sampling.arrays import F32, F64, I64, U64
+from xllm.engine.sampling.arrays import F32, F64, I64, U32
 
 WEIGHT_BITS = 44
 WEIGHT_ONE = 1 << WEIGHT_BITS
@@ -20,7 +20,7 @@ WEIGHT_ONE = 1 << WEIGHT_BITS
 _LOG2_E = float.fromhex("0x1.71547652b82fep+0")
 _LN_2 = float.fromhex("0x1.62e42fefa39efp-1")
 _SQRT_HALF = float.fromhex("0x1.6a09e667f3bcdp-1")
-# 2**r = sum of (ln 2)**k / k! · r**k for |r| ≤ 1/2, error 5e-9. As hexadecimal literals, so that
+# 2**r = sum of (ln 2)**k / k! · r**k for |r| ≤ 1/2, relative error below 8e-9. Hexadecimal literals, so that
 # nobody's libm takes part in the definition.
 _EXP2 = tuple(
     float.fromhex(h)
@@ -88,7 +88,7 @@ def ln(x: F64) -> F64:
     return np.asarray(e * _LN_2 + (s + s) * series)
 
 
-def gumbel(words: U64) -> F64:
+def gumbel(words: U32) -> F64:
     """Noise −ln(−ln u) of 32-bit words, u = (2·word + 1) / 2**33: never 0, never 1, exact in a double."""
     u = (words.astype(np.float64) * 2.0 + 1.0) * 2.0**-33
     return -ln(-ln(u))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from xllm.engine.sampling.arrays import I64, U64
+from xllm.engine.sampling.arrays import I64, U32, U64
 
 _ROUNDS = 10
 _LOW = np.uint64(0xFFFFFFFF)
@@ -17,13 +17,15 @@ _MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
 _WEYL = np.arange(_ROUNDS, dtype=np.uint64)[:, None, None] * np.array(
     [[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64
 )
+_CHUNK = 8192
+"""Blocks computed together, so that the intermediates stay in the cache."""
 
 TOKEN_DOMAIN = 0
 """Last counter word of token draws; other values are free for later uses of the same seed."""
 
 
-def philox4x32(c0: U64, c1: int, c2: int, c3: int, key: tuple[int, int]) -> U64:
-    """Blocks for the counters (c0[i], c1, c2, c3): uint64 (4, N), every value below 2**32."""
+def philox4x32(c0: U64, c1: int, c2: int, c3: int, key: tuple[int, int]) -> U32:
+    """The blocks of the counters (c0[i], c1, c2, c3), one a column: uint32 (4, N)."""
     # Lanes 0 and 2 are multiplied, lanes 1 and 3 mixed in: as two (2, N) arrays they take half the calls.
     even = np.empty((2, c0.size), dtype=np.uint64)
     odd = np.empty_like(even)
@@ -36,7 +38,9 @@ def philox4x32(c0: U64, c1: int, c2: int, c3: int, key: tuple[int, int]) -> U64:
         np.bitwise_xor(even[::-1], odd, out=odd)
         even, odd = odd, even
         np.bitwise_and(product[::-1], _LOW, out=odd)
-    return np.stack((even[0], odd[0], even[1], odd[1]))
+    blocks = np.empty((4, c0.size), dtype=np.uint32)
+    blocks[0::2], blocks[1::2] = even, odd
+    return blocks
 
 
 def seed_key(seed: int) -> tuple[int, int]:
@@ -45,15 +49,18 @@ def seed_key(seed: int) -> tuple[int, int]:
     return bits & 0xFFFFFFFF, bits >> 32
 
 
-def token_words(seed: int, choice: int, offset: int, ids: I64) -> U64:
+def token_words(seed: int, choice: int, offset: int, ids: I64) -> U32:
     """The 32-bit word of each token id, in the order of `ids`."""
     blocks = philox4x32((ids >> 2).astype(np.uint64), offset, choice, TOKEN_DOMAIN, seed_key(seed))
-    words: U64 = blocks[ids & 3, np.arange(ids.size)]
+    words: U32 = blocks[ids & 3, np.arange(ids.size)]
     return words
 
 
-def vocabulary_words(seed: int, choice: int, offset: int, width: int) -> U64:
+def vocabulary_words(seed: int, choice: int, offset: int, width: int) -> U32:
     """`token_words` of the ids 0 … width − 1, four per block: cheaper beyond a quarter of them."""
-    counters = np.arange((width + 3) // 4, dtype=np.uint64)
-    blocks = philox4x32(counters, offset, choice, TOKEN_DOMAIN, seed_key(seed))
-    return blocks.T.reshape(-1)[:width]
+    key = seed_key(seed)
+    words = np.empty(((width + 3) // 4, 4), dtype=np.uint32)
+    for start in range(0, len(words), _CHUNK):
+        counters = np.arange(start, min(start + _CHUNK, len(words)), dtype=np.uint64)
+        words[start : start + _CHUNK] = philox4x32(counters, offset, choice, TOKEN_DOMAIN, key).T
+    return words.reshape(-1)[:width]

@@ -136,10 +136,12 @@ def draw_one(kept: Candidates, seed: int, choice: int, offset: int) -> int:
         # A winner beats the likeliest token's score: its noise −ln(−ln u) is at least floor + gap, and as
         # −ln u > 1 − u, its 1 − u is below exp(−gap − floor). The word's complement is below
         # (1 − u) · 2**32; 0.1 % covers what float32 may err on a gap of at most 27.
-        below = logits - logits[best]
-        floor = np.float32(noise_floor(int(words[best])))
-        ceiling = np.exp(below - floor) * np.float32(1.001 * 2.0**32)
-        alive = np.flatnonzero((words ^ np.uint64(0xFFFFFFFF)) <= ceiling)
+        # In place: fresh arrays of this size cost more in page faults than the arithmetic.
+        ceiling = logits - logits[best]
+        ceiling -= np.float32(noise_floor(int(words[best])))
+        np.exp(ceiling, out=ceiling)
+        ceiling *= np.float32(1.001 * 2.0**32)
+        alive = np.flatnonzero((~words).astype(np.float32) <= ceiling)
         logits, words = logits[alive], words[alive]
         ids = alive if ids is None else ids[alive]
     winner = int((logits + gumbel(words)).argmax())

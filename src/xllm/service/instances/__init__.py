@@ -1,0 +1,1 @@
+"""Engines as the front sees them: connections, hand-shake, local processes."""

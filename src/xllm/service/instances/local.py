@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 from xllm.config import EngineConfig
+from xllm.errors import UnavailableError
 from xllm.service.instances.handshake import OnProgress, ignore_progress, start_engine
 from xllm.types import ModelCard
 from xllm.wire.messages import Drain
@@ -20,6 +21,10 @@ from xllm.wire.stream import EngineStream, SocketEngineStream
 
 log = logging.getLogger(__name__)
 
+PROGRAM = ("-m", "xllm.engine.process")
+"""What the child runs; tests put another program that speaks the wire in its place."""
+
+POLL_S = 0.01
 EXIT_GRACE_S = 5.0
 """Between the end of the connection and SIGKILL."""
 
@@ -66,10 +71,12 @@ class LocalEngine:
         stream = await SocketEngineStream.over(ours)
         try:
             ready = await start_engine(stream, config, timeout_s=timeout_s, on_progress=on_progress)
-        except BaseException:
+        except BaseException as error:
             await stream.close()
             # StartFailed is on its way out by itself; anything else is stuck and holds memory.
-            await asyncio.shield(_reap(process, EXIT_GRACE_S))
+            code = await asyncio.shield(_reap(process, EXIT_GRACE_S))
+            if isinstance(error, UnavailableError):
+                log.error("engine %d ended with code %d while it loaded", process.pid, code)
             raise
         scheduler = config.scheduler
         max_reqs = scheduler.max_num_seqs + scheduler.max_num_queued_reqs
@@ -83,6 +90,13 @@ class LocalEngine:
     def exit_code(self) -> int | None:
         """None while it runs; negative = the signal that ended it."""
         return self._process.poll()
+
+    async def report_exit(self) -> None:
+        """Log how the process ended; for use after its connection was lost unasked."""
+        if await _wait(self._process, EXIT_GRACE_S):
+            log.error("engine %d ended with code %s", self.pid, self.exit_code)
+        else:
+            log.error("engine %d closed its connection but still runs", self.pid)
 
     async def terminate(self, drain_s: float = 0.0) -> int:
         """End the process and return its exit code: drain, then EOF, then SIGKILL; idempotent.
@@ -101,7 +115,7 @@ class LocalEngine:
 
 def _spawn(theirs: socket.socket, log_level: str) -> subprocess.Popen[bytes]:
     fd = theirs.fileno()
-    command = [sys.executable, "-m", "xllm.engine.process", "--fd", str(fd), "--log-level", log_level]
+    command = [sys.executable, *PROGRAM, "--fd", str(fd), "--log-level", log_level]
     # A group of its own: Ctrl-C in a terminal reaches the front alone, which then drains. Its output
     # goes to our stderr, so that it never mixes with what a program using us prints.
     return subprocess.Popen(
@@ -114,11 +128,15 @@ def _spawn(theirs: socket.socket, log_level: str) -> subprocess.Popen[bytes]:
 
 
 async def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> bool:
-    """Whether the process ended within the time."""
-    try:
-        await asyncio.to_thread(process.wait, timeout_s)
-    except subprocess.TimeoutExpired:
-        return False
+    """Whether the process ended within the time.
+
+    Polls: at a program's exit no thread can be had any more to wait in, and that is when LLM ends.
+    """
+    end_s = asyncio.get_running_loop().time() + timeout_s
+    while process.poll() is None:
+        if asyncio.get_running_loop().time() >= end_s:
+            return False
+        await asyncio.sleep(POLL_S)
     return True
 
 
@@ -126,4 +144,4 @@ async def _reap(process: subprocess.Popen[bytes], grace_s: float) -> int:
     if not await _wait(process, grace_s):
         log.warning("engine %d did not end by itself; killing it", process.pid)
         process.kill()
-    return await asyncio.to_thread(process.wait)
+    return process.wait()

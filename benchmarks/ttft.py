@@ -1,0 +1,77 @@
+"""Time to first token of a freshly started local server: start-up, first request, then warm requests.
+
+make bench-ttft
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xllm.cli.background import background_server
+from xllm.cli.bench.datasets import Ask, random_prompts
+from xllm.cli.bench.generator import Target, run_load
+from xllm.cli.bench.metrics import summarise
+from xllm.cli.bench.online import first_model
+from xllm.cli.http_client import Server
+from xllm.cli.serving import SECTIONS
+from xllm.clock import SystemClock
+from xllm.config.load import load
+
+INPUT_LENS = (8, 64, 256)
+
+
+def measure(target: Target, asks: list[Ask]) -> dict[str, Any]:
+    """One request after the other: nothing here waits in a queue."""
+    times = [0.0] * len(asks)
+    return summarise(asyncio.run(run_load(target, asks, times, SystemClock(), max_concurrency=1)), {})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output-len", type=int, default=16)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    clock = SystemClock()
+    started_s = clock.monotonic_s()
+    loaded = load(*SECTIONS, keywords={"model": args.model, "port": 0, "log_level": "warning"})
+    rows: list[dict[str, Any]] = []
+    with background_server(loaded, lambda line: print(line, file=sys.stderr)) as url:
+        startup_s = clock.monotonic_s() - started_s
+        server = Server.parse(url)
+        target = Target(server=server, model=asyncio.run(first_model(server, "")))
+        cold = measure(target, [Ask(prompt="Hello", output_len=1)])
+        print(f"start-up {startup_s:.2f} s, first request's TTFT {cold['mean_ttft_ms']:.1f} ms")
+        print(f"{'prompt tokens':>14} {'TTFT median':>12} {'TTFT max':>10} {'TPOT median':>12}   (ms)")
+        for length in INPUT_LENS:
+            asks = random_prompts(args.repeats, length, args.output_len, np.random.default_rng(length))
+            found = measure(target, asks)
+            tokens = found["total_input_tokens"] / max(1, found["completed"])
+            print(
+                f"{tokens:>14.0f} {found['median_ttft_ms']:>12.1f} {found['p99_ttft_ms']:>10.1f} "
+                f"{found['median_tpot_ms']:>12.1f}"
+            )
+            rows.append({"input_words": length} | found)
+    if args.json is not None:
+        result = {"commit": commit(), "machine": platform.platform(), "model": args.model, "rows": rows}
+        result |= {"startup_s": startup_s, "cold_ttft_ms": cold["mean_ttft_ms"], "seeds": list(INPUT_LENS)}
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()

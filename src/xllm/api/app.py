@@ -1,0 +1,196 @@
+"""The route table and the order of checks: host, key, route, headers, body, endpoint.
+
+Every decision before the endpoint is made on the raw request head. Errors of any kind leave
+through the connection's boundary and `error_map`; nothing here formats one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from xllm.api.auth import PREFLIGHT_HEADERS, CorsRule, HostRule, KeyRing
+from xllm.api.context import Context, FrontPort
+from xllm.api.error_map import error_reply
+from xllm.api.http import Reply, Request
+from xllm.api.http.head import Head
+from xllm.api.json_body import parse_object
+from xllm.api.openai.chat import chat_completions
+from xllm.api.openai.completions import completions
+from xllm.api.openai.models import get_model, list_models
+from xllm.api.openai.tokenize import detokenize, tokenize
+from xllm.clock import Clock
+from xllm.config import ServerConfig
+from xllm.errors import NotFoundError, RequestError, UnavailableError
+from xllm.api.metrics import CONTENT_TYPE, Metrics
+from xllm.version import __version__
+
+access_log = logging.getLogger("xllm.access")
+
+JsonEndpoint = Callable[[Context, Request, Reply, dict[str, Any]], Awaitable[None]]
+PlainEndpoint = Callable[[Request, Reply], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """`label` names the route in metrics and logs; the set of labels is closed."""
+
+    label: str
+    endpoint: PlainEndpoint
+
+
+class App:
+    """The handler of every request. Made by `create_app`."""
+
+    def __init__(self, front: FrontPort, config: ServerConfig, clock: Clock, metrics: Metrics) -> None:
+        self._context = Context(front, clock)
+        self._front = front
+        self._metrics = metrics
+        self._keys = KeyRing(config.api_key)
+        self._hosts = HostRule(config.host, config.allowed_hosts)
+        self._cors = CorsRule(config.allowed_origins)
+        self.routes = self._route_table()
+        self._by_path: dict[str, dict[str, Route]] = {}
+        for (method, path), route in self.routes.items():
+            self._by_path.setdefault(path, {})[method] = route
+
+    async def __call__(self, request: Request, reply: Reply) -> None:
+        """Answer one request. Raises XllmError for whatever is refused before the reply starts."""
+        start_s = time.monotonic()
+        methods = self._methods(request.head.path)
+        route = methods.get(request.head.method) if methods else None
+        label = route.label if route else "none"
+        try:
+            await self._answer(request, reply, methods, route)
+        except Exception as error:  # noqa: BLE001  answered here so that it is counted with its status
+            if reply.started:
+                raise
+            answer = error_reply(error, request.request_id)
+            await reply.send(answer.status, answer.body, answer.headers)
+        finally:
+            # No status: the client left before there was one.
+            self._metrics.on_response(label, reply.status or 499)
+            access_log.info(
+                "request_id=%s route=%s status=%d ms=%.1f",
+                request.request_id,
+                label,
+                reply.status or 499,
+                (time.monotonic() - start_s) * 1000,
+            )
+
+    async def _answer(
+        self, request: Request, reply: Reply, methods: dict[str, Route] | None, route: Route | None
+    ) -> None:
+        head = request.head
+        self._hosts.check(head.host)
+        cors = self._cors.headers(head)
+        reply.extra.extend(cors)
+        if cors and self._cors.is_preflight(head):
+            await reply.send(200, b"", PREFLIGHT_HEADERS)
+            return
+        self._keys.check(head)
+        if methods is None:
+            raise NotFoundError("There is no such route.", code="route_not_found")
+        if route is None:
+            reply.extra.append(("allow", ", ".join(sorted(methods))))
+            raise RequestError("The route does not take this method.", code="method_not_allowed")
+        await route.endpoint(request, reply)
+
+    def close(self) -> None:
+        self._context.close()
+
+    # -- routes -----------------------------------------------------------------------------------
+
+    def _route_table(self) -> dict[tuple[str, str], Route]:
+        json_routes: dict[str, JsonEndpoint] = {
+            "/v1/chat/completions": chat_completions,
+            "/v1/completions": completions,
+            "/tokenize": tokenize,
+            "/detokenize": detokenize,
+        }
+        get_routes: dict[str, PlainEndpoint] = {
+            "/v1/models": self._list_models,
+            "/v1/models/{id}": self._get_model,
+            "/health": self._ready,
+            "/ready": self._ready,
+            "/live": self._live,
+            "/version": self._version,
+            "/metrics": self._show_metrics,
+        }
+        table = {("GET", path): Route(label=path, endpoint=e) for path, e in get_routes.items()}
+        for path, endpoint in json_routes.items():
+            table["POST", path] = Route(label=path, endpoint=self._json(endpoint))
+        return table
+
+    def _methods(self, path: str) -> dict[str, Route] | None:
+        if path.startswith("/v1/models/") and len(path) > len("/v1/models/"):
+            path = "/v1/models/{id}"
+        return self._by_path.get(path)
+
+    def _json(self, endpoint: JsonEndpoint) -> PlainEndpoint:
+        async def run(request: Request, reply: Reply) -> None:
+            _check_json_headers(request.head)
+            await endpoint(self._context, request, reply, parse_object(await request.body()))
+
+        return run
+
+    async def _list_models(self, _: Request, reply: Reply) -> None:
+        await reply.send(200, msgspec.json.encode(list_models(self._context)))
+
+    async def _get_model(self, request: Request, reply: Reply) -> None:
+        name = request.head.path.removeprefix("/v1/models/")
+        await reply.send(200, msgspec.json.encode(get_model(self._context, _unquoted(name))))
+
+    async def _live(self, _: Request, reply: Reply) -> None:
+        await reply.send(200, b'{"status":"ok"}')
+
+    async def _ready(self, _: Request, reply: Reply) -> None:
+        ready, reason = self._front.ready()
+        if not ready:
+            raise UnavailableError("The server is not ready to serve.", code=reason)
+        await reply.send(200, b'{"status":"ok"}')
+
+    async def _version(self, _: Request, reply: Reply) -> None:
+        await reply.send(200, msgspec.json.encode({"version": __version__}))
+
+    async def _show_metrics(self, _: Request, reply: Reply) -> None:
+        await reply.send(200, self._metrics.render(self._front), content_type=CONTENT_TYPE)
+
+
+def create_app(
+    front: FrontPort, config: ServerConfig, *, clock: Clock, metrics: Metrics | None = None
+) -> App:
+    """The HTTP side of a front. Pass the `Metrics` that observes the front, or get an empty one."""
+    return App(front, config, clock, metrics if metrics is not None else Metrics())
+
+
+def _check_json_headers(head: Head) -> None:
+    if any(e.lower() != b"identity" for e in head.values(b"content-encoding")):
+        raise RequestError("Request bodies are not decompressed.", code="unsupported_media_type")
+    types = head.values(b"content-type")
+    if len(types) > 1 or not all(_is_json(t.decode("latin-1").lower()) for t in types):
+        raise RequestError("The body must be application/json in UTF-8.", code="unsupported_media_type")
+
+
+def _is_json(content_type: str) -> bool:
+    kind, *parameters = (p.strip() for p in content_type.split(";"))
+    charsets = [p for p in parameters if p.startswith("charset=")]
+    return kind == "application/json" and all(
+        c.removeprefix("charset=").strip('"') == "utf-8" for c in charsets
+    )
+
+
+def _unquoted(name: str) -> str:
+    """Percent-escapes of a model's name (hub ids hold a slash); bytes that are no UTF-8 match nothing."""
+    raw = bytearray()
+    parts = name.split("%")
+    raw += parts[0].encode("ascii")
+    for part in parts[1:]:
+        raw.append(int(part[:2], 16))
+        raw += part[2:].encode("ascii")
+    return raw.decode("utf-8", "replace")

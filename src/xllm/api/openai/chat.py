@@ -1,0 +1,235 @@
+"""POST /v1/chat/completions: a conversation in, the assistant's message out, whole or as events.
+
+Translation only. Tools are shown to the model's template; its answer is returned as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from xllm.api.context import Context, Model
+from xllm.api.fields import Fields, bad_value, unsupported
+from xllm.api.http import Reply, Request
+from xllm.api.openai.batch import Batch, submit_all, usage_json
+from xllm.api.openai.collect import Choice, collect
+from xllm.api.openai.completions import renamed
+from xllm.api.openai.ignored import ignored_header
+from xllm.api.openai.logprobs import chat_logprobs, prompt_logprobs_json
+from xllm.api.openai.messages import read_messages, read_tools
+from xllm.api.openai.params import (
+    Delivery,
+    read_cache_salt,
+    read_deadline_ms,
+    read_delivery,
+    read_sampling,
+)
+from xllm.api.openai.refused import read_inert, refuse_unsupported
+from xllm.api.sse import event, send_events
+from xllm.errors import RequestError
+from xllm.service.draft import RequestDraft
+from xllm.service.stream import Delta
+from xllm.text import encode_chat
+from xllm.text.template import TEMPLATE_KWARGS
+from xllm.types import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A read request, ready to be submitted. `num_top` is None when no logprobs are wanted."""
+
+    model: Model
+    draft: RequestDraft
+    delivery: Delivery
+    num_top: int | None
+    ignored: tuple[tuple[str, str], ...]
+
+
+async def chat_completions(context: Context, request: Request, reply: Reply, body: dict[str, Any]) -> None:
+    job = await read_job(context, request, Fields(body))
+    try:
+        batch = await submit_all(context.front, [job.draft])
+    except RequestError as error:
+        raise renamed(error, "prompt", "messages") if error.param == "prompt" else error from None
+    try:
+        base: dict[str, Any] = {
+            "id": f"chatcmpl-{batch.streams[0].request_id}",
+            "object": "chat.completion.chunk" if job.delivery.stream else "chat.completion",
+            "created": context.now_s(),
+            "model": job.model.name,
+            "system_fingerprint": job.model.fingerprint,
+        }
+        if job.delivery.stream:
+            await send_events(reply, _events(job, batch, base), job.ignored)
+            return
+        choices = await collect(batch)
+        base["choices"] = [_whole(job, i, c) for i, c in enumerate(choices)]
+        base["usage"] = usage_json(batch.usage())
+        if job.delivery.return_token_ids:
+            base["prompt_token_ids"] = job.draft.prompt_token_ids
+        if (entries := choices[0].prompt_logprobs) is not None:
+            base["prompt_logprobs"] = prompt_logprobs_json(job.model.text.tokenizer, entries)
+        await reply.send(200, msgspec.json.encode(base), job.ignored)
+    finally:
+        await batch.aclose()
+
+
+async def read_job(context: Context, request: Request, fields: Fields) -> Job:
+    """Raises RequestError, NotFoundError."""
+    refuse_unsupported(fields)
+    read_inert(fields)
+    if fields.boolean("echo"):
+        raise unsupported("echo")
+    model = context.model(fields)
+    delivery = read_delivery(fields)
+    num_top = _read_logprobs(fields)
+    params = read_sampling(
+        fields,
+        model.card,
+        max_tokens=_read_max_tokens(fields),
+        logprobs=num_top,
+        prompt_logprobs=fields.integer("prompt_logprobs"),
+    )
+    prompt = await read_chat_prompt(context, model, fields, len(await request.body()))
+    draft = RequestDraft(
+        model=model.name,
+        prompt_token_ids=prompt,
+        params=params,
+        priority=fields.integer("priority") or 0,
+        cache_salt=read_cache_salt(fields),
+        deadline_ms=read_deadline_ms(request),
+    )
+    ignored = ignored_header(fields)
+    return Job(model=model, draft=draft, delivery=delivery, num_top=num_top, ignored=ignored)
+
+
+async def read_chat_prompt(context: Context, model: Model, fields: Fields, size: int) -> tuple[int, ...]:
+    """Prompt tokens of `messages`, `tools` and the template's options. Raises RequestError."""
+    messages = read_messages(fields)
+    tools = read_tools(fields)
+    kwargs = _read_template_kwargs(fields)
+    goes_on = fields.boolean("continue_final_message")
+    opens = fields.boolean("add_generation_prompt", not goes_on)
+    if goes_on and opens:
+        raise bad_value("continue_final_message", "excludes add_generation_prompt", "unsupported_combination")
+    if model.text.template is None:
+        raise RequestError(
+            "This model has no chat template; use /v1/completions.",
+            code="unsupported_parameter",
+            param="messages",
+        )
+    work = partial(
+        encode_chat,
+        model.text.tokenizer,
+        model.text.template,
+        messages,
+        tools=tools,
+        add_generation_prompt=opens,
+        continue_final_message=goes_on,
+        max_tokens=model.card.max_model_len,
+        **kwargs,
+    )
+    try:
+        return tuple(await context.run_text(size, work))
+    except RequestError as error:
+        raise RequestError(error.message, code=error.code, param=error.param or "messages") from None
+
+
+def _read_template_kwargs(fields: Fields) -> dict[str, Any]:
+    kwargs = fields.obj("chat_template_kwargs") or {}
+    for key in kwargs:
+        if key not in TEMPLATE_KWARGS:
+            raise bad_value(
+                "chat_template_kwargs", "has a key that is not supported", "unsupported_parameter"
+            )
+    if (effort := fields.string("reasoning_effort", max_chars=32)) is not None:
+        kwargs.setdefault("reasoning_effort", effort)
+    return kwargs
+
+
+def _read_logprobs(fields: Fields) -> int | None:
+    wanted = fields.boolean("logprobs")
+    top = fields.integer("top_logprobs")
+    if top is not None and not wanted:
+        raise bad_value("top_logprobs", "needs 'logprobs': true", "unsupported_combination")
+    return (top or 0) if wanted else None
+
+
+def _read_max_tokens(fields: Fields) -> int | None:
+    old, new = fields.integer("max_tokens"), fields.integer("max_completion_tokens")
+    if old is not None and new is not None and old != new:
+        raise bad_value("max_tokens", "differs from max_completion_tokens", "unsupported_combination")
+    return old if new is None else new
+
+
+def _logprobs(job: Job, entries: list[TokenLogprobs] | tuple[TokenLogprobs, ...]) -> dict[str, Any] | None:
+    if job.num_top is None:
+        return None
+    tokenizer, as_ids = job.model.text.tokenizer, job.delivery.tokens_as_ids
+    return chat_logprobs(tokenizer, entries, num_top=job.num_top, tokens_as_ids=as_ids)
+
+
+def _whole(job: Job, index: int, choice: Choice) -> dict[str, Any]:
+    out = {
+        "index": index,
+        "message": {"role": "assistant", "content": choice.text, "refusal": None},
+        "logprobs": _logprobs(job, choice.logprobs),
+        "finish_reason": choice.finish_reason,
+        "stop_reason": choice.stop_reason,
+    }
+    if job.delivery.return_token_ids:
+        out["token_ids"] = choice.token_ids
+    return out
+
+
+def _piece(job: Job, index: int, delta: Delta) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "index": index,
+        "delta": {"content": delta.text} if delta.text or not delta.finish_reason else {},
+        "logprobs": _logprobs(job, delta.logprobs) if delta.token_ids else None,
+        "finish_reason": delta.finish_reason,
+    }
+    if delta.finish_reason is not None:
+        out["stop_reason"] = delta.stop_reason
+    if job.delivery.return_token_ids:
+        out["token_ids"] = delta.token_ids
+    return out
+
+
+async def _events(job: Job, batch: Batch, base: dict[str, Any]) -> AsyncIterator[bytes]:
+    delivery = job.delivery
+    wants_tokens = job.num_top is not None or delivery.return_token_ids
+    opened: set[int] = set()
+
+    def chunk(choice: dict[str, Any], **more: Any) -> bytes:
+        value = {**base, "choices": [choice], **more}
+        if delivery.continuous_usage:
+            value["usage"] = usage_json(batch.usage())
+        elif delivery.include_usage:
+            value["usage"] = None
+        return event(value)
+
+    async for index, delta in batch.deltas():
+        if index not in opened:
+            more = _prompt_part(job, delta) if not opened else {}
+            opened.add(index)
+            first = {"role": "assistant", "content": ""}
+            yield chunk({"index": index, "delta": first, "logprobs": None, "finish_reason": None}, **more)
+        if delta.text or delta.finish_reason or (wants_tokens and delta.token_ids):
+            yield chunk(_piece(job, index, delta))
+    if delivery.include_usage:
+        yield event({**base, "choices": [], "usage": usage_json(batch.usage())})
+
+
+def _prompt_part(job: Job, delta: Delta) -> dict[str, Any]:
+    """What the first chunk tells of the prompt."""
+    out: dict[str, Any] = {}
+    if job.delivery.return_token_ids:
+        out["prompt_token_ids"] = job.draft.prompt_token_ids
+    if delta.prompt_logprobs is not None:
+        out["prompt_logprobs"] = prompt_logprobs_json(job.model.text.tokenizer, delta.prompt_logprobs)
+    return out

@@ -1,0 +1,99 @@
+"""Fills a model's declared parameters from a tensor source; checks names and shapes first.
+
+Knows no file format and no architecture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from xllm.arch import ArchConfig
+from xllm.engine.kernels.ops import F32, Backend, Buffer, RopeTable
+from xllm.engine.model.definition import LoadedWeights, ModelDefinition, Param
+from xllm.errors import ConfigError
+
+ROPE_FACTORS = "rope_freqs.weight"
+"""Optional tensor (E/2,): divides the rotary frequencies (how GGUF carries Llama 3 scaling)."""
+
+_PAD = 16
+_SHOWN = 5
+
+
+class Tensors(Protocol):
+    """The part of a tensor source that loading needs."""
+
+    def names(self) -> Sequence[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def load_f32(self, name: str) -> F32: ...
+
+
+def load_weights(
+    model: ModelDefinition, arch: ArchConfig, source: Tensors, backend: Backend, num_positions: int
+) -> LoadedWeights:
+    """All parameters as handles of `backend`; rotary tables reach `num_positions`.
+
+    Raises ConfigError naming missing, unexpected or misshapen tensors, before any data is read.
+    """
+    params = model.parameters(arch)
+    _check(params, source, arch)
+    top: dict[str, Buffer] = {}
+    layers: list[dict[str, Buffer]] = [{} for _ in range(arch.num_layers)]
+    for param in params:
+        target = top if param.layer is None else layers[param.layer]
+        target[param.key] = _load(param, source, backend)
+    factors = source.load_f32(ROPE_FACTORS) if ROPE_FACTORS in source.names() else None
+    ropes = {
+        name: RopeTable(cos=backend.vector(cos), sin=backend.vector(sin))
+        for name, (cos, sin) in model.ropes(arch, num_positions, factors).items()
+    }
+    return LoadedWeights(top=top, layers=layers, ropes=ropes)
+
+
+def weight_bytes(params: Sequence[Param], dtype_bytes: int) -> int:
+    """Bytes the parameters take once loaded."""
+    total = 0
+    for param in params:
+        each = dtype_bytes if param.kind == "matrix" else 4
+        total += sum(math.prod(shape) for shape in param.shapes) * each
+    return total
+
+
+def _load(param: Param, source: Tensors, backend: Backend) -> Buffer:
+    parts = [source.load_f32(name) for name in param.sources]
+    values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if param.pad_rows and len(values) % _PAD:
+        values = np.pad(values, ((0, -len(values) % _PAD), (0, 0)))
+    return backend.matrix(values) if param.kind == "matrix" else backend.vector(values)
+
+
+def _check(params: Sequence[Param], source: Tensors, arch: ArchConfig) -> None:
+    wanted = {name: shape for p in params for name, shape in zip(p.sources, p.shapes, strict=True)}
+    present = set(source.names())
+    missing = sorted(set(wanted) - present)
+    if missing:
+        raise ConfigError(f"model: the weights lack {_listed(missing)} of architecture {arch.name}")
+    extra = sorted(n for n in present - set(wanted) if not _ignorable(n))
+    if extra:
+        raise ConfigError(
+            f"model: the weights hold {_listed(extra)}, which architecture {arch.name} does not use; "
+            "the configuration does not belong to these weights, or the variant is not supported"
+        )
+    for name, shape in wanted.items():
+        if source.shape(name) != shape:
+            raise ConfigError(f"model: {name} has shape {source.shape(name)}, the configuration says {shape}")
+
+
+def _ignorable(name: str) -> bool:
+    # A tied head may be stored all the same; old checkpoints carry their rotary frequencies.
+    return name in ("lm_head.weight", ROPE_FACTORS) or name.endswith("rotary_emb.inv_freq")
+
+
+def _listed(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + rest

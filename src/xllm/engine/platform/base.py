@@ -1,0 +1,80 @@
+"""What a platform offers the engine, and what a runner offers the executor.
+
+Contracts only. A platform outside the tree implements `Platform` and names an instance of it in the
+entry-point group `xllm.platforms`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from xllm.arch import ArchConfig
+from xllm.config.schema import EngineConfig
+from xllm.engine.plan import StepPlan, StepResult
+from xllm.engine.sampling import Sampler
+from xllm.types import KVLayout
+
+
+class TensorSource(Protocol):
+    """The weights under their Hugging Face names; `xllm.artifacts` makes one."""
+
+    def names(self) -> Sequence[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def load_f32(self, name: str) -> npt.NDArray[np.float32]: ...
+
+
+class Runner(Protocol):
+    """A loaded model that runs steps. Owned by the step thread."""
+
+    @property
+    def kv_layout(self) -> KVLayout: ...
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether equal requests get equal bits whatever their company: measured, not assumed."""
+
+    @property
+    def numerics(self) -> tuple[str, ...]:
+        """The platform's part of the numerics class: everything of it that may change a bit of the
+        logits (kernels and version, dtype, ISA), and nothing else (no thread counts)."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run the step. A failure in one sequence's sampling is that sequence's `error`; running a
+        plan or a part of it again is harmless."""
+
+    def close(self) -> None:
+        """Give back device memory; idempotent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltRunner:
+    """`num_pages` per KV group; `report` holds one line per choice, with its reason."""
+
+    runner: Runner
+    num_pages: tuple[int, ...]
+    report: tuple[str, ...]
+
+
+class Platform(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    def why_not(self, config: EngineConfig, arch: ArchConfig) -> tuple[str, ...]:
+        """Reasons why this platform cannot run the model as configured; empty = it can."""
+
+    def create_runner(
+        self,
+        arch: ArchConfig,
+        tensors: TensorSource,
+        config: EngineConfig,
+        max_model_len: int,
+        sampler: Sampler,
+    ) -> BuiltRunner:
+        """Load the weights and reserve the KV pages. Raises ConfigError with field, value and remedy."""

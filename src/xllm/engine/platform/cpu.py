@@ -1,0 +1,66 @@
+"""The reference platform: torch on the CPU, bitwise exact where the start-up probe confirms it."""
+
+from __future__ import annotations
+
+import torch
+
+from xllm.arch import ArchConfig
+from xllm.config.schema import EngineConfig
+from xllm.engine.kernels.reference.torch_ops import TorchOps
+from xllm.engine.model.registry import find_model
+from xllm.engine.model.weights import weight_bytes
+from xllm.engine.platform.base import BuiltRunner, Platform, TensorSource
+from xllm.engine.platform.host import available_bytes, isa, num_cores
+from xllm.engine.platform.loading import load_runner, resolve_dtype
+from xllm.engine.sampling import Sampler
+
+ATTENTION_VERSION = "reference-1"
+"""Raised whenever a change of the reference backend may change a bit of the logits."""
+
+
+class CpuPlatform:
+    name = "cpu"
+
+    def why_not(self, config: EngineConfig, arch: ArchConfig) -> tuple[str, ...]:
+        return ()
+
+    def create_runner(
+        self,
+        arch: ArchConfig,
+        tensors: TensorSource,
+        config: EngineConfig,
+        max_model_len: int,
+        sampler: Sampler,
+    ) -> BuiltRunner:
+        threads, why_threads = _threads(config)
+        torch.set_num_threads(threads)
+        dtype, why_dtype = _dtype(config, arch)
+        return load_runner(
+            arch,
+            tensors,
+            config,
+            max_model_len,
+            sampler,
+            ops=TorchOps(dtype),
+            dtype=dtype,
+            free_bytes=available_bytes,
+            numerics=("cpu", ATTENTION_VERSION, f"torch-{torch.__version__}", dtype, isa(), "tp1"),
+            report=(why_threads, why_dtype),
+        )
+
+
+def _threads(config: EngineConfig) -> tuple[int, str]:
+    asked = config.platform.num_threads
+    if asked is not None:
+        return asked, f"num_threads={asked}: as asked"
+    return num_cores(), f"num_threads={num_cores()}: cores this process may use"
+
+
+def _dtype(config: EngineConfig, arch: ArchConfig) -> tuple[str, str]:
+    single = weight_bytes(find_model(arch.name).parameters(arch), 4)
+    if 2 * single > available_bytes():
+        return resolve_dtype(config.model.dtype, "bfloat16", "float32 weights would fill half of free memory")
+    return resolve_dtype(config.model.dtype, "float32", "the CPU's most accurate class, and the weights fit")
+
+
+PLATFORM: Platform = CpuPlatform()

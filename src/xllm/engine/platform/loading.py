@@ -1,0 +1,70 @@
+"""What every platform with an eager backend does to load a model: weights, probe, pages, runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from xllm.arch import ArchConfig
+from xllm.config.schema import EngineConfig
+from xllm.engine.kernels.ops import Backend
+from xllm.engine.model.layout import kv_layout
+from xllm.engine.model.registry import find_model
+from xllm.engine.model.weights import load_weights, weight_bytes
+from xllm.engine.platform.base import BuiltRunner, TensorSource
+from xllm.engine.runner.kv_size import DTYPE_BYTES, choose_num_pages
+from xllm.engine.runner.runner import ModelRunner
+from xllm.engine.sampling import Sampler
+from xllm.errors import ConfigError
+
+_MIB = 1 << 20
+
+
+def load_runner(
+    arch: ArchConfig,
+    tensors: TensorSource,
+    config: EngineConfig,
+    max_model_len: int,
+    sampler: Sampler,
+    *,
+    ops: Backend,
+    dtype: str,
+    free_bytes: Callable[[], int],
+    numerics: tuple[str, ...],
+    report: tuple[str, ...],
+) -> BuiltRunner:
+    """`free_bytes` is asked before and after loading. `numerics` and `report` are the platform's own."""
+    model = find_model(arch.name)
+    needed, free = weight_bytes(model.parameters(arch), DTYPE_BYTES[dtype]), free_bytes()
+    if needed > free:
+        raise ConfigError(
+            f"model: the weights take {needed // _MIB} MiB as {dtype}, {free // _MIB} MiB are free; "
+            "choose a smaller model or dtype",
+            param="dtype",
+        )
+    weights = load_weights(model, arch, tensors, ops, max_model_len)
+    # One layer has every shape of the others; vectors are not multiplied.
+    shapes = [weights.layers[0][key] for key in ("qkv", "o", "gate_up", "down") if key in weights.layers[0]]
+    ops.probe([*shapes, weights.top["embed"]])
+    layout = kv_layout(arch, dtype)
+    num_pages, why_pages = choose_num_pages(layout, config, max_model_len, free_bytes())
+    runner = ModelRunner(model, arch, weights, ops, layout, num_pages, sampler, numerics)
+    exact = "measured: rows do not depend on their company"
+    if not ops.deterministic:
+        exact = "no row count was found for which rows are independent of their company"
+    return BuiltRunner(
+        runner=runner,
+        num_pages=num_pages,
+        report=(
+            *report,
+            f"weights={needed // _MIB} MiB as {dtype}",
+            f"deterministic={ops.deterministic}: {exact} (row multiple {ops.row_multiple})",
+            why_pages,
+        ),
+    )
+
+
+def resolve_dtype(asked: str, automatic: str, why: str) -> tuple[str, str]:
+    """(dtype, report line)."""
+    if asked == "auto":
+        return automatic, f"dtype={automatic}: {why}"
+    return asked, f"dtype={asked}: as asked"

@@ -1,0 +1,43 @@
+"""The null platform: any model's shapes and vocabulary, no weights, logits that are a hash of the KV.
+
+For trying the service, the policies and the API without computing anything.
+"""
+
+from __future__ import annotations
+
+from xllm.arch import ArchConfig
+from xllm.config.schema import EngineConfig
+from xllm.engine.model.layout import kv_layout
+from xllm.engine.platform.base import BuiltRunner, Platform, TensorSource
+from xllm.engine.platform.null_runner import NullRunner
+from xllm.engine.sampling import Sampler
+from xllm.types import PAGE_SIZE
+
+
+class NullPlatform:
+    name = "null"
+
+    def why_not(self, config: EngineConfig, arch: ArchConfig) -> tuple[str, ...]:
+        return ()
+
+    def create_runner(
+        self,
+        arch: ArchConfig,
+        tensors: TensorSource,
+        config: EngineConfig,
+        max_model_len: int,
+        sampler: Sampler,
+    ) -> BuiltRunner:
+        layout = kv_layout(arch, "float32")
+        # A page is 256 bytes here, so there is room for every sequence at full length.
+        most = config.scheduler.max_num_seqs * -(-max_model_len // PAGE_SIZE)
+        per_group = config.cache.num_pages or most
+        num_pages = (per_group,) * len(layout.groups)
+        return BuiltRunner(
+            runner=NullRunner(layout, num_pages, arch.vocab_size, sampler),
+            num_pages=num_pages,
+            report=(f"num_pages={per_group} per KV group", "platform null computes nothing: tokens are hashes"),
+        )
+
+
+PLATFORM: Platform = NullPlatform()

@@ -1,0 +1,153 @@
+"""ModelRunner: copies pages, runs the model, samples. One per loaded model, owned by the step thread.
+
+Only what every model needs; architecture is in `model`, maths in the backend, drawing in `sampling`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from xllm.arch import ArchConfig
+from xllm.engine.kernels.ops import F32, Backend, Buffer, KVPages
+from xllm.engine.model.definition import LoadedWeights, ModelDefinition
+from xllm.engine.model.layout import layer_places
+from xllm.engine.plan import ChoiceTokens, SequencePlan, SequenceResult, StepPlan, StepResult
+from xllm.engine.runner.batch import LogitPiece, build_batch, logit_slices, new_pages
+from xllm.engine.sampling import Sampler
+from xllm.errors import ErrorInfo, XllmError
+from xllm.types import KVLayout, TokenLogprobs
+
+log = logging.getLogger(__name__)
+
+LogitsTap = Callable[[int, int, F32], None]
+"""(seq_id, position, logits (V,)): sees every row of logits that is computed; for tests."""
+
+_SAMPLING_FAILED = ErrorInfo(
+    kind="InternalError", code="internal_error", message="the engine failed to sample this request"
+)
+
+
+class ModelRunner:
+    """Implements `platform.base.Runner`. Pages belong to it, what they mean to the page manager."""
+
+    def __init__(
+        self,
+        model: ModelDefinition,
+        arch: ArchConfig,
+        weights: LoadedWeights,
+        ops: Backend,
+        layout: KVLayout,
+        num_pages: Sequence[int],
+        sampler: Sampler,
+        numerics: tuple[str, ...] = (),
+    ) -> None:
+        self._model = model
+        self._arch = arch
+        self._weights = weights
+        self._ops = ops
+        self._layout = layout
+        self._sampler = sampler
+        self._numerics = numerics
+        groups = tuple(ops.kv_pages(g, n) for g, n in zip(layout.groups, num_pages, strict=True))
+        self._kv = KVPages(groups=groups, place=layer_places(layout))
+        self.logits_tap: LogitsTap | None = None
+
+    @property
+    def kv_layout(self) -> KVLayout:
+        return self._layout
+
+    @property
+    def deterministic(self) -> bool:
+        return self._ops.deterministic
+
+    @property
+    def numerics(self) -> tuple[str, ...]:
+        return self._numerics
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run the step; raises only what the forward pass itself raises."""
+        results = [_Partial(s) for s in plan.sequences]
+        with self._ops.running():
+            self._prepare_pages(plan)
+            if plan.num_rows:
+                self._forward(plan.sequences, results)
+        return StepResult(step=plan.step, sequences=tuple(r.result() for r in results))
+
+    def close(self) -> None:
+        self._kv = KVPages(groups=(), place=())
+        self._weights = LoadedWeights(top={}, layers=(), ropes={})
+
+    def _prepare_pages(self, plan: StepPlan) -> None:
+        # Copies first: a source may have changed hands and be somebody's new page in this very step.
+        for copy in plan.copies:
+            self._ops.copy_page(self._kv.groups[copy.group], copy.src, copy.dst)
+        for g, pages in enumerate(self._kv.groups):
+            self._ops.zero_pages(pages, new_pages(plan.sequences, g))
+
+    def _forward(self, sequences: Sequence[SequencePlan], results: Sequence[_Partial]) -> None:
+        batch = build_batch(sequences, self._layout, self._arch.num_heads, self._ops)
+        hidden = self._model.forward(self._ops, self._arch, self._weights, self._kv, batch)
+        first = 0
+        for pieces in logit_slices(sequences):
+            count = sum(p.count for p in pieces)
+            logits = self._logits(hidden, first, count)
+            first += count
+            row = 0
+            for piece in pieces:
+                self._sample(results[piece.index], piece, logits[row : row + piece.count])
+                row += piece.count
+
+    def _logits(self, hidden: Buffer, first: int, count: int) -> F32:
+        """Rows first … first+count−1 of the logits, cut to the vocabulary."""
+        padded = -(-count // self._ops.row_multiple) * self._ops.row_multiple
+        rows = np.full(padded, first, dtype=np.int64)
+        rows[:count] = np.arange(first, first + count)
+        taken = self._ops.select_rows(hidden, self._ops.indices(rows))
+        logits = self._model.head(self._ops, self._arch, self._weights, taken)
+        return self._ops.to_numpy(logits)[:count, : self._arch.vocab_size]
+
+    def _sample(self, partial: _Partial, piece: LogitPiece, logits: F32) -> None:
+        """Use one piece of a sequence's logits; whatever goes wrong ends this sequence only."""
+        sequence = partial.sequence
+        if self.logits_tap is not None:
+            first = sequence.start + sequence.first_logit_row + piece.offset
+            for i, row in enumerate(logits):
+                self.logits_tap(sequence.seq_id, first + i, row.copy())
+        if partial.error is not None:
+            return
+        try:
+            partial.absorb(self._sampler, piece, logits)
+        except XllmError as error:
+            partial.error = error.info()
+        except Exception:
+            log.exception("sampling of sequence %d failed", sequence.seq_id)
+            partial.error = _SAMPLING_FAILED
+
+
+class _Partial:
+    """A sequence's result while its logits arrive in pieces."""
+
+    def __init__(self, sequence: SequencePlan) -> None:
+        self.sequence = sequence
+        self.error: ErrorInfo | None = None
+        self._choices: tuple[ChoiceTokens, ...] = ()
+        self._scored: list[TokenLogprobs] = []
+
+    def absorb(self, sampler: Sampler, piece: LogitPiece, logits: F32) -> None:
+        sequence = self.sequence
+        if sequence.prompt_logprobs is not None:
+            targets = sequence.prompt_targets[piece.offset : piece.offset + piece.count]
+            self._scored.extend(sampler.prompt_logprobs(logits, targets, sequence.prompt_logprobs))
+        is_last = sequence.first_logit_row + piece.offset + piece.count == len(sequence.tokens)
+        if is_last and sequence.sample is not None:
+            self._choices = sampler.sample(logits[-1], sequence.sample)
+
+    def result(self) -> SequenceResult:
+        if self.error is not None:
+            return SequenceResult(seq_id=self.sequence.seq_id, error=self.error)
+        return SequenceResult(
+            seq_id=self.sequence.seq_id, choices=self._choices, prompt_logprobs=tuple(self._scored)
+        )
