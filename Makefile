@@ -13,7 +13,7 @@ STAMP := $(VENV)/.xllm-setup
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint null reference integration robustness bench-ttft bench-serve bench-client freeze clean
+.PHONY: help setup model serve test lint null reference integration robustness bench-ttft bench-serve bench-client freeze clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,7 +36,11 @@ serve: setup  ## set up, fetch the default model and serve it on 127.0.0.1:8000
 	@$(BIN)/xllm pull $(MODEL)
 	@exec $(BIN)/xllm serve $(MODEL) --host $(HOST) --port $(PORT)
 
-test: setup  ## lint, types, import contracts and every test that needs no GPU; prints seconds per stage
+# The integration tests want the default model. Without network they are skipped and say so.
+model: setup  ## fetch the default model
+	@$(BIN)/xllm pull smollm2 || echo "== no model: the tests that need it are skipped"
+
+test: setup model  ## lint, types, import contracts and every test that needs no GPU; prints seconds per stage
 	@$(BIN)/python tools/stages.py
 
 lint: setup  ## ruff, mypy and the import contracts only
@@ -48,7 +52,7 @@ null: setup  ## tests that need neither torch nor a model
 reference: setup  ## tests on the torch reference platform
 	@$(BIN)/python tools/stages.py reference
 
-integration: setup  ## tests with real processes and the real model
+integration: setup model  ## tests with real processes and the real model
 	@$(BIN)/python tools/stages.py integration
 
 robustness: setup  ## hostile and fault tests that take minutes; not part of `make test`

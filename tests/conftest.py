@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
 from xllm.artifacts.resolve import resolve
 from xllm.errors import ConfigError
+
+# Before torch is imported: as `config.env.engine_environment` does for engine processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What a decoder architecture is, as numbers: the noun between `artifacts` (reads files) and `engine.model` (maths).
+"""A decoder architecture as numbers: the noun between `artifacts` (files) and `engine.model` (maths).
 
 Names follow Hugging Face's config.json. Plain values; no reading of files, no maths.
 """

@@ -115,9 +115,7 @@ class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def to_error(self) -> XllmError:
         cls = _BY_NAME.get(self.kind, InternalError)
-        return cls(
-            self.message, code=self.code, param=self.param, retry_after_s=self.retry_after_s
-        )
+        return cls(self.message, code=self.code, param=self.param, retry_after_s=self.retry_after_s)
 
 
 _BY_NAME: dict[str, type[XllmError]] = {

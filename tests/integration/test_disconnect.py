@@ -7,6 +7,7 @@ import socket
 import time
 
 import pytest
+
 from xllm.testing.server_process import ServerProcess
 
 LIMIT_S = 2.0
@@ -17,7 +18,10 @@ def open_request(server: ServerProcess, *, stream: bool) -> socket.socket:
         {"model": "smollm2", "prompt": "Once", "max_tokens": 1800, "ignore_eos": True, "stream": stream}
     ).encode()
     sock = socket.create_connection(("127.0.0.1", server.port), timeout=60)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
     sock.sendall(head.encode() + body)
     return sock
 

@@ -11,6 +11,7 @@ import transformers
 from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
+
 from xllm.artifacts.resolve import resolve
 from xllm.testing.hf_export import export_hf
 from xllm.testing.server_process import ServerProcess
@@ -29,7 +30,9 @@ def task_manager(tmp_path_factory: pytest.TempPathFactory) -> TaskManager:
     directory = tmp_path_factory.mktemp("tasks")
     text = (TASKS / "capitals.yaml").read_text()
     data = {"dataset_kwargs": {"data_files": {"test": str(TASKS / "capitals.jsonl")}}}
-    (directory / "capitals.yaml").write_text(text + "dataset_kwargs: " + json.dumps(data["dataset_kwargs"]) + "\n")
+    (directory / "capitals.yaml").write_text(
+        text + "dataset_kwargs: " + json.dumps(data["dataset_kwargs"]) + "\n"
+    )
     return TaskManager(include_path=str(directory), include_defaults=False)
 
 
@@ -73,7 +76,9 @@ def evaluate(task_manager: TaskManager, **model) -> tuple[float, list[tuple[floa
 
 
 @pytest.mark.slow
-def test_the_score_equals_transformers(server: ServerProcess, hf_dir: Path, task_manager: TaskManager) -> None:
+def test_the_score_equals_transformers(
+    server: ServerProcess, hf_dir: Path, task_manager: TaskManager
+) -> None:
     ours, our_scores = evaluate(
         task_manager,
         model="local-completions",

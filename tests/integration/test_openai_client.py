@@ -27,7 +27,9 @@ def test_a_greedy_chat_answer_is_sensible_and_counted(client: openai.OpenAI) -> 
 def test_streamed_chat_equals_the_whole_answer(client: openai.OpenAI) -> None:
     fields = {"model": MODEL, "messages": QUESTION, "temperature": 0.7, "seed": 3, "max_tokens": 40}
     whole = client.chat.completions.create(**fields)
-    chunks = list(client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
+    chunks = list(
+        client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True})
+    )
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == whole.choices[0].message.content
     assert chunks[0].choices[0].delta.role == "assistant"
@@ -37,7 +39,14 @@ def test_streamed_chat_equals_the_whole_answer(client: openai.OpenAI) -> None:
 
 
 def test_completions_stream_equals_whole_with_n_two(client: openai.OpenAI) -> None:
-    fields = {"model": MODEL, "prompt": "Once upon a time", "temperature": 1.0, "seed": 8, "max_tokens": 20, "n": 2}
+    fields = {
+        "model": MODEL,
+        "prompt": "Once upon a time",
+        "temperature": 1.0,
+        "seed": 8,
+        "max_tokens": 20,
+        "n": 2,
+    }
     whole = client.completions.create(**fields)
     texts = ["", ""]
     for chunk in client.completions.create(**fields, stream=True):
@@ -50,7 +59,9 @@ def test_completions_stream_equals_whole_with_n_two(client: openai.OpenAI) -> No
 
 def test_seeds_decide_the_answer(client: openai.OpenAI) -> None:
     def ask(seed: int) -> str:
-        answer = client.completions.create(model=MODEL, prompt="My name is", temperature=1.0, seed=seed, max_tokens=12)
+        answer = client.completions.create(
+            model=MODEL, prompt="My name is", temperature=1.0, seed=seed, max_tokens=12
+        )
         return answer.choices[0].text
 
     assert ask(1) == ask(1)
@@ -85,7 +96,9 @@ def test_echoed_prompt_logprobs_agree_with_generated_ones(client: openai.OpenAI)
     prompt = "The sky is blue because"
     first = client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=5, logprobs=1)
     whole = prompt + first.choices[0].text
-    echoed = client.completions.create(model=MODEL, prompt=whole, temperature=0, max_tokens=1, echo=True, logprobs=1)
+    echoed = client.completions.create(
+        model=MODEL, prompt=whole, temperature=0, max_tokens=1, echo=True, logprobs=1
+    )
     lp = echoed.choices[0].logprobs
     assert lp.token_logprobs[0] is None
     start = len(lp.tokens) - 1 - len(first.choices[0].logprobs.tokens)
@@ -95,7 +108,9 @@ def test_echoed_prompt_logprobs_agree_with_generated_ones(client: openai.OpenAI)
 
 
 def test_token_arrays_are_prompts_too(client: openai.OpenAI) -> None:
-    by_ids = client.completions.create(model=MODEL, prompt=[[504, 2365, 282], [28, 216]], temperature=0, max_tokens=4)
+    by_ids = client.completions.create(
+        model=MODEL, prompt=[[504, 2365, 282], [28, 216]], temperature=0, max_tokens=4
+    )
     assert [c.index for c in by_ids.choices] == [0, 1]
 
 
@@ -116,7 +131,9 @@ def test_return_token_ids(client: openai.OpenAI) -> None:
         ({"max_tokens": 100_000}, openai.BadRequestError, "context_length_exceeded"),
     ],
 )
-def test_errors_are_the_clients_own_classes(client: openai.OpenAI, fields: dict, error: type, code: str | None) -> None:
+def test_errors_are_the_clients_own_classes(
+    client: openai.OpenAI, fields: dict, error: type, code: str | None
+) -> None:
     request = {"model": MODEL, "messages": QUESTION, "max_tokens": 5, **fields}
     with pytest.raises(error) as caught:
         client.chat.completions.create(**request)

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+
 from xllm.artifacts.write import write_hf_dir
 from xllm.testing.server_process import ServerProcess, serve
 from xllm.testing.tiny_tokenizer import tiny_assets
@@ -46,8 +47,12 @@ def start(model_dir: Path, *args: str):
 
 def complete(server: ServerProcess, **fields) -> dict:
     body = {"model": "outside", "prompt": "abc", "max_tokens": 5, "return_token_ids": True, **fields}
-    answer = httpx.post(f"{server.base_url}/v1/completions", content=json.dumps(body), timeout=60,
-                        headers={"content-type": "application/json"})
+    answer = httpx.post(
+        f"{server.base_url}/v1/completions",
+        content=json.dumps(body),
+        timeout=60,
+        headers={"content-type": "application/json"},
+    )
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+
 from xllm.clock import SystemClock
 from xllm.config import CacheConfig, EngineConfig, ModelConfig, PlatformConfig, SchedulerConfig
 from xllm.engine.build import BuiltEngine, build_engine
@@ -42,7 +43,9 @@ NEIGHBOURS = [
 ]
 TARGETS = {
     "greedy": spec("target", PROMPT, max_tokens=MAX_TOKENS, ignore_eos=True),
-    "seeded": spec("target", PROMPT, max_tokens=MAX_TOKENS, ignore_eos=True, temperature=0.8, top_p=0.95, seed=11),
+    "seeded": spec(
+        "target", PROMPT, max_tokens=MAX_TOKENS, ignore_eos=True, temperature=0.8, top_p=0.95, seed=11
+    ),
     "n=2": spec("target", PROMPT, max_tokens=MAX_TOKENS, ignore_eos=True, temperature=1.0, seed=5, n=2),
 }
 
@@ -75,7 +78,9 @@ class Run:
             digest = hashlib.sha256(np.ascontiguousarray(logits).tobytes()).hexdigest()
             assert self.rows.setdefault((choice, position), digest) == digest
 
-    def __call__(self, *specs: RequestSpec, between: Callable[[int], object] = lambda step: None) -> list[Frame]:
+    def __call__(
+        self, *specs: RequestSpec, between: Callable[[int], object] = lambda step: None
+    ) -> list[Frame]:
         for each in specs:
             self.core.submit(each)
         frames: list[Frame] = []
@@ -149,7 +154,9 @@ def test_preemption_and_recompute_change_no_bit(built: BuiltEngine, case, cachin
     target, rows, tokens = case
     run = Run(built, budget=64, caching=caching)
     frames = run(
-        target, *NEIGHBOURS[:3], between=lambda step: run.scheduler.preempt_all() if step in (2, 9, 20) else None
+        target,
+        *NEIGHBOURS[:3],
+        between=lambda step: run.scheduler.preempt_all() if step in (2, 9, 20) else None,
     )
     assert run.scheduler.snapshot().num_preemptions >= 3
     assert mine(frames) == tokens

@@ -20,14 +20,14 @@ from xllm.api.error_map import error_reply
 from xllm.api.http import Reply, Request
 from xllm.api.http.head import Head
 from xllm.api.json_body import parse_object
+from xllm.api.metrics import CONTENT_TYPE, Metrics
 from xllm.api.openai.chat import chat_completions
 from xllm.api.openai.completions import completions
 from xllm.api.openai.models import get_model, list_models
-from xllm.api.openai.tokenize import detokenize, tokenize
+from xllm.api.openai.tokenize import detokenize, tokenize, tokenizer_info
 from xllm.clock import Clock
 from xllm.config import ServerConfig
 from xllm.errors import NotFoundError, RequestError, UnavailableError
-from xllm.api.metrics import CONTENT_TYPE, Metrics
 from xllm.version import __version__
 
 access_log = logging.getLogger("xllm.access")
@@ -116,6 +116,7 @@ class App:
         get_routes: dict[str, PlainEndpoint] = {
             "/v1/models": self._list_models,
             "/v1/models/{id}": self._get_model,
+            "/tokenizer_info": self._tokenizer_info,
             "/health": self._ready,
             "/ready": self._ready,
             "/live": self._live,
@@ -145,6 +146,9 @@ class App:
     async def _get_model(self, request: Request, reply: Reply) -> None:
         name = request.head.path.removeprefix("/v1/models/")
         await reply.send(200, msgspec.json.encode(get_model(self._context, _unquoted(name))))
+
+    async def _tokenizer_info(self, _: Request, reply: Reply) -> None:
+        await reply.send(200, msgspec.json.encode(tokenizer_info(self._context)))
 
     async def _live(self, _: Request, reply: Reply) -> None:
         await reply.send(200, b'{"status":"ok"}')

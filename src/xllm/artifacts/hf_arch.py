@@ -44,7 +44,9 @@ def arch_from_config(config: Mapping[str, Any], generation: Mapping[str, Any]) -
     model_type = str(config.get("model_type"))
     known = {**MODEL_TYPES, **{entry.name: entry.name for entry in entry_points(group="xllm.models")}}
     if model_type not in known:
-        raise ConfigError(f"config.json: model_type {model_type[:40]} is not supported; {', '.join(known)} are")
+        raise ConfigError(
+            f"config.json: model_type {model_type[:40]} is not supported; {', '.join(known)} are"
+        )
     if "quantization_config" in config:
         raise ConfigError("config.json: quantized checkpoints are not supported; take the original or a GGUF")
     name = known[model_type]

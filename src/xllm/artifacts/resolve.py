@@ -98,14 +98,18 @@ def _find(
     if entry is not None:
         return _catalogue_model(entry, progress, allow_pull, cache)
     path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        is_dir, is_file = path.is_dir(), path.is_file()
+    except OSError:  # longer than any path can be, or in a directory we may not look into
+        is_dir = is_file = False
+    if is_dir:
         return HfModel(path, path.resolve().name)
-    if path.is_file():
+    if is_file:
         if path.suffix.lower() != ".gguf":
             raise ConfigError(f"model: {model} is a file but not .gguf; give its directory instead")
         return GgufModel(path, path.stem)
     if model.startswith((".", "/", "~")) or path.suffix.lower() == ".gguf":
-        raise ConfigError(f"model: there is no file or directory {model}")
+        raise ConfigError(f"model: there is no readable file or directory {model[:200]}")
     if _HUB_ID.fullmatch(model):
         return HfModel(_hub_directory(model, revision, progress, allow_pull), model)
     raise ConfigError(_unknown(model))

@@ -97,7 +97,7 @@ async def answer_to(
                 raise RequestError(_reason(response.status, await response.read()))
             async for data in events(response.body):
                 if data == b"[DONE]":
-                    break
+                    continue
                 event = json.loads(data)
                 if "error" in event:
                     raise RequestError(f"the answer broke off: {event['error'].get('message', '')}")

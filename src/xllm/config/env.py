@@ -35,3 +35,13 @@ def config_file() -> Path | None:
     """File named by XLLM_CONFIG, if any."""
     name = os.environ.get("XLLM_CONFIG")
     return Path(name).expanduser() if name else None
+
+
+def engine_environment() -> dict[str, str]:
+    """The environment for an engine process: this one's, with compute threads that sleep when they wait.
+
+    Threads that spin at a barrier while the front, the detokeniser or another engine needs their core
+    stretch a step several times over; measured in docs/design/0003-engine-process.md. A value the user
+    has set wins.
+    """
+    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}

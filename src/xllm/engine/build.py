@@ -117,7 +117,8 @@ def _max_model_len(config: EngineConfig, arch: ArchConfig) -> tuple[int, str]:
         return arch.max_position, f"max_model_len={arch.max_position}: the model's own limit"
     if not 1 < asked <= arch.max_position:
         raise ConfigError(
-            f"max_model_len={asked}: must be between 2 and the model's {arch.max_position}", param="max_model_len"
+            f"max_model_len={asked}: must be between 2 and the model's {arch.max_position}",
+            param="max_model_len",
         )
     return asked, f"max_model_len={asked}: as asked (the model allows {arch.max_position})"
 

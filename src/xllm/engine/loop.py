@@ -6,6 +6,7 @@ front or a lost device ends the loop.
 
 from __future__ import annotations
 
+import logging
 import queue
 from collections.abc import Callable, Mapping
 
@@ -25,6 +26,8 @@ from xllm.wire.messages import (
     Stats,
     Submit,
 )
+
+log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 """An idle engine says so this often; a silent one is suspect."""
@@ -103,6 +106,7 @@ class EngineLoop:
             self._refuse(message, error.info())
         except Exception:
             # A request that trips a bug of ours must not take the engine with it.
+            log.exception("a request could not be taken")
             self._refuse(message, _REFUSED)
 
     def _refuse(self, message: Submit, info: ErrorInfo) -> None:
@@ -117,4 +121,6 @@ class EngineLoop:
         )
 
 
-_REFUSED = ErrorInfo(kind="InternalError", code="internal_error", message="the engine could not take the request")
+_REFUSED = ErrorInfo(
+    kind="InternalError", code="internal_error", message="the engine could not take the request"
+)

@@ -52,7 +52,9 @@ def _serve(connection: Connection) -> int:
     if not isinstance(hello, Hello) or not isinstance(start, Start):
         return 1
     if not _OLDEST_VERSION <= hello.version <= WIRE_VERSION + 1:
-        _refuse(connection, f"wire version {hello.version} is not understood; this engine speaks {WIRE_VERSION}")
+        _refuse(
+            connection, f"wire version {hello.version} is not understood; this engine speaks {WIRE_VERSION}"
+        )
         return 1
     engine = _build(connection, start)
     if engine is None:

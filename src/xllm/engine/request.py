@@ -90,6 +90,4 @@ class Request:
     @property
     def all_ended(self) -> bool:
         drawn = {s.choice for s in self.sequences}
-        return len(drawn) == self.params.n and all(
-            s.state is SequenceState.ENDED for s in self.sequences
-        )
+        return len(drawn) == self.params.n and all(s.state is SequenceState.ENDED for s in self.sequences)

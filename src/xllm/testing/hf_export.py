@@ -14,10 +14,14 @@ def export_hf(source: ModelSource, directory: Path) -> Path:
     """Write the dequantised weights, config and tokenizer; the directory. Llama only (ValueError)."""
     arch = source.arch()
     tensors = source.tensors()
-    write_hf_dir(directory, _llama_config(arch), {n: tensors.load_f32(n) for n in tensors.names()}, source.assets())
+    write_hf_dir(
+        directory, _llama_config(arch), {n: tensors.load_f32(n) for n in tensors.names()}, source.assets()
+    )
     path = directory / "tokenizer_config.json"
     # Named, or AutoTokenizer would rebuild the pre-tokenizer it believes a Llama to have.
-    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
     return directory
 
 

@@ -16,8 +16,9 @@ MAX_FRAME_BYTES = 64 * 1024 * 1024
 HEADER = struct.Struct("<I")
 
 _encoder = msgspec.msgpack.Encoder()
-_front = msgspec.msgpack.Decoder(FrontMessage)
-_engine = msgspec.msgpack.Decoder(EngineMessage)
+# The aliases are unions, which the stub's type parameter cannot express.
+_front: msgspec.msgpack.Decoder[FrontMessage] = msgspec.msgpack.Decoder(FrontMessage)
+_engine: msgspec.msgpack.Decoder[EngineMessage] = msgspec.msgpack.Decoder(EngineMessage)
 
 
 class WireError(RequestError):

@@ -18,7 +18,7 @@ class EngineStream(Protocol):
     """A front's end of one connection to one incarnation of an engine."""
 
     async def send(self, message: FrontMessage) -> None:
-        """Hand over the message; waits while the peer's buffer is full. Raises ConnectionError when it is gone."""
+        """Hand over the message; waits while the peer's buffer is full. ConnectionError when it is gone."""
 
     async def receive(self) -> EngineMessage | None:
         """The next message, or None at EOF. Raises WireError on garbage."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from xllm.engine.model import llama
 from xllm.engine.model.definition import ModelDefinition
 from xllm.engine.platform.null import NullPlatform

@@ -76,7 +76,9 @@ async def make_site() -> AsyncIterator[MakeSite]:
         app = create_app(house, server_config, clock=SystemClock(), metrics=metrics)
         server = HttpServer(app, server_config)
         await server.start()
-        client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=20, trust_env=False)
+        client = httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{server.port}", timeout=20, trust_env=False, verify=False
+        )
         made.append(Site(app, house, sample, server, client))
         return made[-1]
 

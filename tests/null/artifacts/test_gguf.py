@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.null.artifacts.gguf_for_tests import tiny_llama, tokenizer_keys, write_gguf
+from xllm.arch import RopeScaling
 from xllm.artifacts.gguf_arch import llama3_factors
 from xllm.artifacts.gguf_file import SUPPORTED_TYPES, GgufModel
 from xllm.artifacts.gguf_header import read_header
@@ -108,8 +109,6 @@ def test_gemma_norms_lose_the_one_and_windows_follow_the_pattern(tmp_path: Path)
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama3_frequency_factors_become_rope_scaling(tmp_path: Path, factor: float) -> None:
-    from xllm.arch import RopeScaling
-
     wanted = RopeScaling(
         kind="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192
     )

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
 from xllm.engine.memory import manager as manager_module
 from xllm.engine.memory.manager import FREED, PageManager
 from xllm.engine.memory.pool import PagePool

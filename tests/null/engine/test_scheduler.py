@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+
 from xllm.config import SchedulerConfig
-from xllm.errors import CapacityError, ConfigError, RequestError
 from xllm.engine.scheduler.order import create_order
+from xllm.errors import CapacityError, ConfigError, RequestError
 from xllm.testing.null_engine import FULL, WINDOW, null_engine, outputs, spec
 from xllm.types import FinishReason
 from xllm.wire.messages import CREDIT_WINDOW
@@ -65,7 +66,9 @@ def test_a_second_equal_prompt_reads_the_cache() -> None:
     assert engine.core.snapshot().prefix_hits == 192
 
 
-@pytest.mark.parametrize("difference", [{"cache_salt": "x"}, {"skip_reading_prefix_cache": True}, {"prompt_logprobs": 0}])
+@pytest.mark.parametrize(
+    "difference", [{"cache_salt": "x"}, {"skip_reading_prefix_cache": True}, {"prompt_logprobs": 0}]
+)
 def test_the_cache_is_not_read_across_salts_or_when_told_not_to(difference: dict) -> None:
     engine = null_engine()
     engine.core.submit(spec("a", PROMPT, max_tokens=1))
@@ -98,7 +101,9 @@ def test_a_sequence_ahead_of_its_log_waits_until_the_front_commits() -> None:
 
 def test_min_tokens_bans_every_way_to_stop() -> None:
     engine = null_engine()
-    engine.core.submit(spec("a", PROMPT, max_tokens=60, min_tokens=60, temperature=1.0, stop_token_ids=(5, 6)))
+    engine.core.submit(
+        spec("a", PROMPT, max_tokens=60, min_tokens=60, temperature=1.0, stop_token_ids=(5, 6))
+    )
     tokens = outputs(engine.run())["a", 0]
     assert len(tokens) == 60
     assert not {2, 5, 6} & set(tokens)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from xllm.config import SchedulerConfig
 from xllm.errors import CapacityError
 from xllm.testing.null_engine import FULL, WINDOW, null_engine, outputs, spec
 from xllm.testing.terminal import assert_terminal
 from xllm.types import FinishReason
-
 
 COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 
@@ -81,7 +81,9 @@ def alone(job: Job) -> dict[int, tuple[int, ...]]:
     caching=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_every_accepted_request_ends_once_with_its_own_tokens(schedule, num_pages, budget, policy, caching) -> None:
+def test_every_accepted_request_ends_once_with_its_own_tokens(
+    schedule, num_pages, budget, policy, caching
+) -> None:
     config = SchedulerConfig(
         max_num_seqs=4, max_num_batched_tokens=budget, scheduling_policy=policy, max_num_queued_reqs=6
     )
@@ -143,7 +145,14 @@ def test_every_accepted_request_ends_once_with_its_own_tokens(schedule, num_page
 @settings(max_examples=30, deadline=None)
 def test_resume_continues_where_the_first_attempt_stopped(cut: int, n: int, seed: int) -> None:
     prompt = tuple(range(10, 90))
-    fields = {"max_tokens": 40, "n": n, "temperature": 1.0, "seed": seed, "presence_penalty": 0.5, "min_tokens": 30}
+    fields = {
+        "max_tokens": 40,
+        "n": n,
+        "temperature": 1.0,
+        "seed": seed,
+        "presence_penalty": 0.5,
+        "min_tokens": 30,
+    }
     first = null_engine()
     first.core.submit(spec("a", prompt, **fields))
     whole = {c: t for (_, c), t in outputs(first.run()).items()}

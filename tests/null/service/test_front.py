@@ -25,11 +25,13 @@ from xllm.errors import (
     CapacityError,
     DeadlineError,
     ErrorInfo,
+    InternalError,
     NotFoundError,
     RequestError,
     UnavailableError,
 )
 from xllm.service.front import Front
+from xllm.service.router.base import Placement
 from xllm.service.snapshot import RequestRecord
 from xllm.service.stream import Delta
 from xllm.testing.fake_engine import SampleEngine, sample_card
@@ -422,3 +424,11 @@ async def test_the_observer_hears_of_output_and_of_one_end(house: House) -> None
     assert heard[:2] == [("sample", 1, 0.5, True), ("sample", 1, 0.5, False)]
     assert (record.outcome, record.ttft_s, record.e2e_s) == ("stop", 0.5, 1.0)
     assert len(heard) == 3
+
+
+async def test_a_router_that_names_a_stranger_is_a_bug_of_one_request(house: House) -> None:
+    house.front = Front(FrontConfig(), lambda *_: Placement(instance="nobody", reasons=()), house.clock)
+    await house.engine()
+    with pytest.raises(InternalError):
+        await house.submit()
+    assert house.front.ready() == (True, "ready")

@@ -148,9 +148,7 @@ def _feed(
     for start, end in zip(points, [*points[1:], len(tokens)], strict=True):
         last = end == len(tokens)
         reason = FinishReason.LENGTH if last else None
-        piece = Frame(
-            request_id="r", offset=start, tokens=tokens[start:end], finish_reason=reason, last=last
-        )
+        piece = Frame(request_id="r", offset=start, tokens=tokens[start:end], finish_reason=reason, last=last)
         if log.ended:
             break
         if (delta := log.absorb(piece)) is not None:

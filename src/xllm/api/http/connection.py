@@ -141,7 +141,7 @@ class Connection(asyncio.Protocol):
         if self._buffer:
             self._refuse(error)
         else:
-            self._close()
+            self._close(linger=False)
 
     def abort(self) -> None:
         self._transport.abort()
@@ -260,7 +260,8 @@ class Connection(asyncio.Protocol):
         if not reply.ended:
             self._transport.abort()
         elif not reply.keep_alive or not self.keeps_alive():
-            self._close()
+            unread = self._close_after or (self._decoder is not None and not self._decoder.done)
+            self._close(linger=unread or bool(self._buffer))
         else:
             self._decoder = None
             self._keeper.mark(self, busy=False)
@@ -276,15 +277,15 @@ class Connection(asyncio.Protocol):
         reply = Reply(None, new_request_id(), self)
         answer = error_reply(error, reply.request_id)
         reply.send_now(answer.status, answer.body, answer.headers)
-        self._close()
+        self._close(linger=True)
 
-    def _close(self) -> None:
-        """Close so that the client gets the reply: closing over unread input would reset it away."""
+    def _close(self, *, linger: bool) -> None:
+        """The end. `linger` when input may be unread: closing over it would reset the reply away."""
         self._discarding = True
         self._buffer.clear()
         if self._transport.is_closing():
             return
-        if self._eof:
+        if self._eof or not linger:
             self._transport.close()
         else:
             self._transport.write_eof()

@@ -1,4 +1,7 @@
-"""POST /tokenize and /detokenize: the model's own tokenizer, under the same limits as requests."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info: the model's own tokenizer.
+
+Under the same limits as requests. With these three an evaluation harness needs no tokenizer of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from xllm.api.fields import Fields, as_integer, bad_value
 from xllm.api.http import Reply, Request
 from xllm.api.openai.chat import read_chat_prompt
 from xllm.api.openai.ignored import ignored_header
+
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 async def tokenize(context: Context, request: Request, reply: Reply, body: dict[str, Any]) -> None:
@@ -48,3 +53,18 @@ async def detokenize(context: Context, request: Request, reply: Reply, body: dic
         raise bad_value("tokens", "must hold token ids of this model", "value_out_of_range")
     text = model.text.tokenizer.decode(list(tokens or ()), skip_special_tokens=False)
     await reply.send(200, msgspec.json.encode({"prompt": text}), ignored_header(fields))
+
+
+def tokenizer_info(context: Context) -> dict[str, Any]:
+    """Special tokens and chat template of the only model. Raises RequestError when there are several."""
+    model = context.model(Fields({}))
+    config = model.text.text_config
+    tokens = {k: config[k] for k in _SPECIAL if isinstance(config.get(k), str)}
+    template = model.text.template
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": None,
+        **tokens,
+        "model_max_length": model.card.max_model_len,
+        "chat_template": template.source if template else None,
+    }

@@ -105,14 +105,13 @@ async def send(target: Target, ask: Ask, clock: Clock, origin: float) -> Outcome
 async def _absorb(body: Any, outcome: Outcome, clock: Clock, origin: float) -> bool:
     """Read the stream; True when it ended as it should."""
     last_s: float | None = None
-    num_chunks = 0
+    done = False
     texts: list[str] = []
     async for data in events(body):
         if data == b"[DONE]":
-            outcome.text = "".join(texts)
-            # A server without usage: a chunk is the best guess at a token.
-            outcome.num_output_tokens = outcome.num_output_tokens or num_chunks
-            return True
+            # Read on to the end of the body: closing on unread bytes would reset the connection.
+            done = True
+            continue
         now_s = clock.monotonic_s() - origin
         event = json.loads(data)
         if "error" in event:
@@ -127,10 +126,12 @@ async def _absorb(body: Any, outcome: Outcome, clock: Clock, origin: float) -> b
                 # The role chunk, or a token whose bytes are held back: nothing a reader sees.
                 continue
             texts.append(text)
-            num_chunks += 1
             if last_s is None:
                 outcome.ttft_s = now_s - outcome.start_s
             else:
                 outcome.itls_s.append(now_s - last_s)
             last_s = now_s
-    return False
+    outcome.text = "".join(texts)
+    # A server without usage: a chunk is the best guess at a token.
+    outcome.num_output_tokens = outcome.num_output_tokens or len(texts)
+    return done

@@ -32,7 +32,9 @@ class InProcExecutor:
         try:
             result = self._runner.execute(plan)
         except Exception:
-            log.exception("step %d failed; running its %d sequences one by one", plan.step, len(plan.sequences))
+            log.exception(
+                "step %d failed; running its %d sequences one by one", plan.step, len(plan.sequences)
+            )
             result = self._one_by_one(plan)
         return dataclasses.replace(result, elapsed_ms=(time.perf_counter() - started) * 1000)
 

@@ -46,7 +46,9 @@ class PageTable:
 class PageManager:
     """Owns the pools. One per engine; called by the scheduler only."""
 
-    def __init__(self, groups: Sequence[KVGroup], num_pages: Sequence[int], enable_prefix_caching: bool) -> None:
+    def __init__(
+        self, groups: Sequence[KVGroup], num_pages: Sequence[int], enable_prefix_caching: bool
+    ) -> None:
         self._windows = [g.window for g in groups]
         self._pools = [PagePool(n) for n in num_pages]
         self._caching = enable_prefix_caching

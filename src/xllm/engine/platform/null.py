@@ -36,7 +36,10 @@ class NullPlatform:
         return BuiltRunner(
             runner=NullRunner(layout, num_pages, arch.vocab_size, sampler),
             num_pages=num_pages,
-            report=(f"num_pages={per_group} per KV group", "platform null computes nothing: tokens are hashes"),
+            report=(
+                f"num_pages={per_group} per KV group",
+                "platform null computes nothing: tokens are hashes",
+            ),
         )
 
 

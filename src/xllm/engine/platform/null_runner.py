@@ -14,7 +14,7 @@ import xxhash
 from xllm.engine.plan import SequencePlan, SequenceResult, StepPlan, StepResult
 from xllm.engine.sampling import Sampler
 from xllm.errors import InternalError, XllmError
-from xllm.types import PAGE_SIZE, KVLayout
+from xllm.types import PAGE_SIZE, KVLayout, TokenLogprobs
 
 Fault = Callable[[SequencePlan], None]
 """Called for each sequence before it is computed; raises to inject a failure."""
@@ -58,7 +58,7 @@ class NullRunner:
         if not rows:
             return SequenceResult(seq_id=entry.seq_id)
         logits = np.stack([self._logits(entry, entry.start + row) for row in rows])
-        kept = ()
+        kept: tuple[TokenLogprobs, ...] = ()
         if entry.prompt_logprobs is not None:
             targets = entry.prompt_targets
             kept = self._sampler.prompt_logprobs(logits[: len(targets)], targets, entry.prompt_logprobs)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 from xllm.config import EngineConfig
+from xllm.config.env import engine_environment
 from xllm.errors import UnavailableError
 from xllm.service.instances.handshake import OnProgress, ignore_progress, start_engine
 from xllm.types import ModelCard
@@ -124,6 +125,7 @@ def _spawn(theirs: socket.socket, log_level: str) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=sys.__stderr__ or subprocess.DEVNULL,
         process_group=0,
+        env=engine_environment(),
     )
 
 
