@@ -66,6 +66,7 @@ async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> Async
         server = HttpServer(app, server_config)
         await server.start()
         say(report.stage("HTTP"))
+        say(report.total())
         try:
             yield Running(base_url(server_config.host, server.port), engine.card, service)
         finally:

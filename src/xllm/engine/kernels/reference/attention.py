@@ -139,7 +139,7 @@ def _attend_part(
     per_head = q.shape[1] // (num_kv_heads * head_dim)
     num_blocks, folded = len(part.pages), part.num_folded
     x = q.index_select(0, part.rows.view(-1)).view(num_tiles, height, num_kv_heads, per_head, head_dim)
-    x = x.transpose(1, 2).reshape(num_tiles, num_kv_heads, height * per_head, head_dim)
+    x = x.transpose(1, 2).contiguous().view(num_tiles, num_kv_heads, height * per_head, head_dim)
     if folded > height * per_head:
         x = torch.nn.functional.pad(x, (0, 0, 0, folded - height * per_head))
     if num_blocks > num_tiles:
