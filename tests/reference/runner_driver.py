@@ -45,7 +45,7 @@ def make_runner(
     ops = TorchOps(dtype)
     model = find_model(arch.name)
     weights = load_weights(model, arch, tensors, ops, num_positions)
-    ops.probe([weights.layers[0][k] for k in ("qkv", "o", "gate_up", "down")] + [weights.top["embed"]])
+    ops.probe([weights.layers[0][k] for k in ("qkv", "o", "gate_up", "down")] + [weights.top["head"]])
     layout = kv_layout(arch, dtype)
     return ModelRunner(model, arch, weights, ops, layout, [num_pages] * len(layout.groups), Sampler())
 

@@ -136,7 +136,9 @@ class App:
     def _json(self, endpoint: JsonEndpoint) -> PlainEndpoint:
         async def run(request: Request, reply: Reply) -> None:
             _check_json_headers(request.head)
-            await endpoint(self._context, request, reply, parse_object(await request.body()))
+            body = await request.body()
+            value = await self._context.run_text(len(body), lambda: parse_object(body))
+            await endpoint(self._context, request, reply, value)
 
         return run
 

@@ -15,10 +15,15 @@ from xllm.errors import RequestError
 
 MAX_DEPTH = 64
 MAX_KEYS = 4096
+MAX_CONTAINERS = 100_000
+"""Objects and lists in a body: far beyond any conversation, and making millions holds everybody up."""
+
 MAX_INT_DIGITS = 20
 
 # A string (also an unfinished one, so that a scan never starts over: linear time), or a bracket.
 _STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.)*+"?+|[\[{]|[\]}]', re.DOTALL)
+# Whether any integer needs a look; most bodies are then converted by the parser itself.
+_ODD_INT = re.compile(rb"[0-9]{19}|-0")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -36,7 +41,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
             object_pairs_hook=_object,
             parse_constant=_no_constant,
             parse_float=_float,
-            parse_int=_int,
+            parse_int=_int if _ODD_INT.search(body) else None,
         )
     except UnicodeDecodeError as error:
         raise _invalid(f"The body is not valid UTF-8 (byte {error.start}).") from None
@@ -61,11 +66,16 @@ def _invalid(message: str, code: str = "invalid_json") -> RequestError:
 def _check_depth(body: bytes) -> None:
     if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
         return
-    depth = 0
+    depth = num_containers = 0
     for match in _STRUCTURE.finditer(body):
         first = match[0][0]
         if first in b"[{":
             depth += 1
+            num_containers += 1
+            if num_containers > MAX_CONTAINERS:
+                raise _invalid(
+                    f"The body has more than {MAX_CONTAINERS} objects and lists.", "value_out_of_range"
+                )
             if depth > MAX_DEPTH:
                 raise _invalid(f"The body nests deeper than {MAX_DEPTH} levels.")
         elif first in b"]}":

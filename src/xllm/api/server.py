@@ -1,4 +1,4 @@
-"""From a front and a config to a listening server, and from SIGTERM to a clean end.
+"""From an app and a config to a listening server, and from there to a clean end.
 
 The end: stop accepting and report not ready; running streams go on until they are done or the
 time is over; then connections close. Engines are ended by whoever started them.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
-import signal
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
@@ -30,13 +28,12 @@ class Drainable(Protocol):
 
 
 class HttpServer:
-    """`start`, then `wait_stopped`; or `run` for both with signals handled."""
+    """`start`, and `drain` at the end. Signals are the command line's matter."""
 
     def __init__(self, app: App, config: ServerConfig) -> None:
         self._app = app
         self._config = config
         self._listener: Listener | None = None
-        self._stop = asyncio.Event()
 
     @property
     def port(self) -> int:
@@ -61,10 +58,6 @@ class HttpServer:
                 code="address_in_use",
             ) from error
 
-    def request_stop(self) -> None:
-        """What a signal does."""
-        self._stop.set()
-
     async def drain(self, front: Drainable, timeout_s: float) -> bool:
         """True when every running request ended by itself."""
         if self._listener is None:
@@ -74,30 +67,6 @@ class HttpServer:
         await closing
         self._app.close()
         return in_time
-
-    async def run(
-        self, front: Drainable, timeout_s: float, on_listening: Callable[[int], None] | None = None
-    ) -> None:
-        """Serve until SIGTERM or SIGINT (a second one ends at once), then drain."""
-        await self.start()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal, number)
-        try:
-            if on_listening is not None:
-                on_listening(self.port)
-            await self._stop.wait()
-            log.info("draining for at most %.0f s", timeout_s)
-            in_time = await self.drain(front, timeout_s)
-            log.info("drained" if in_time else "stopped with requests cut off")
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
-
-    def _on_signal(self, number: int) -> None:
-        if self._stop.is_set():
-            raise SystemExit(128 + number)
-        self._stop.set()
 
 
 def _within_fd_limit(limits: HttpLimits) -> HttpLimits:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 
 from xllm.arch import ArchConfig
-from xllm.artifacts.resolve import resolve
+from xllm.artifacts.resolve import resolve, resolve_assets
 from xllm.artifacts.source import ModelSource
 from xllm.clock import Clock
 from xllm.config import EngineConfig
@@ -70,7 +69,7 @@ def build_engine(config: EngineConfig, clock: Clock, progress: Progress) -> Buil
         seed=config.model.seed,
     )
     arch = source.arch()
-    assets = _assets(config, source)
+    assets = resolve_assets(source, config.model.tokenizer, config.model.chat_template)
     stages.done("model files found and read")
     platform, reasons = select_platform(config, arch)
     stages.done(f"platform {platform.name} ready")
@@ -96,19 +95,6 @@ def build_engine(config: EngineConfig, clock: Clock, progress: Progress) -> Buil
         assets={_digest(data): data for data in assets.values()},
         report=(*reasons, why_len, *built.report),
     )
-
-
-def _assets(config: EngineConfig, source: ModelSource) -> dict[str, bytes]:
-    assets = dict(source.assets())
-    if config.model.tokenizer is not None:
-        override = resolve(config.model.tokenizer, revision=config.model.revision)
-        assets.update(override.assets())
-    if config.model.chat_template is not None:
-        path = Path(config.model.chat_template)
-        if not path.is_file():
-            raise ConfigError(f"chat_template: no file at {path}", param="chat_template")
-        assets["chat_template"] = path.read_bytes()
-    return assets
 
 
 def _max_model_len(config: EngineConfig, arch: ArchConfig) -> tuple[int, str]:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from xllm.api.context import Context, Model
-from xllm.api.fields import Fields, as_integer, bad_value, read_items, wrong_type
+from xllm.api.fields import Fields, bad_value, read_items, wrong_type
 from xllm.api.http import Reply, Request
 from xllm.api.openai.batch import Batch, submit_all, usage_json
 from xllm.api.openai.collect import Choice, collect
@@ -175,8 +175,11 @@ def _one_prompt(value: Any, path: str) -> str | tuple[int, ...]:
 
 
 def _token_ids(value: list[Any], path: str) -> tuple[int, ...]:
-    ids = tuple(as_integer(v, f"{path}[{i}]") for i, v in enumerate(value))
-    return ids
+    # A body can hold millions: paths are only made for the entry that is wrong. Range: the front.
+    if not all(type(v) is int for v in value):
+        wrong = next(i for i, v in enumerate(value) if type(v) is not int)
+        raise wrong_type(f"{path}[{wrong}]", "a token id")
+    return tuple(value)
 
 
 class _ChoiceFormat:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from xllm.cli.settings import add_settings, load_settings
 from xllm.clock import SystemClock
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError
+from xllm.llm import LLM
 from xllm.types import SamplingParams
 
 
@@ -41,13 +41,13 @@ def _common(parser: argparse.ArgumentParser) -> None:
 
 
 def _start(args: argparse.Namespace) -> Any:
-    """The engine behind the public class; imported late because it brings the service with it."""
+    """The engine behind the public class."""
     loaded = load_settings(args, EngineConfig)
     values = dict(loaded.values)
     model = values.pop("model", "")
     if not model:
         raise ConfigError("name a model, e.g. xllm bench throughput smollm2")
-    return importlib.import_module("xllm.llm").LLM(model, **values)
+    return LLM(model, **values)
 
 
 def _timed(llm: Any, prompts: list[str], output_len: int) -> tuple[float, int, int]:

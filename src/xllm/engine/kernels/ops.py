@@ -155,7 +155,13 @@ class Backend(Ops, Protocol):
         """Held around a step."""
 
     def matrix(self, values: F32) -> Buffer:
-        """(out, in) of a linear or (V, D) of an embedding, in the compute dtype."""
+        """(out, in) of a linear in the compute dtype, laid out as the backend likes."""
+
+    def table(self, values: F32) -> Buffer:
+        """(V, D) of an embedding in the compute dtype."""
+
+    def tied_matrix(self, table: Buffer) -> Buffer:
+        """The table as the matrix of a linear; the table itself if one layout serves both."""
 
     def vector(self, values: F32) -> Buffer:
         """A norm weight, bias or rope table: stays float32."""

@@ -17,21 +17,22 @@ from xllm.engine.kernels.ops import F32, Batch, Buffer, KVPages, Ops, RopeTable
 class Param:
     """One handle of the loaded model: the tensors `sources` (Hugging Face names) below each other.
 
-    `shapes` are those of the sources. A matrix is rounded to the compute dtype, a vector stays float32.
+    `shapes` are those of the sources. A matrix (of a linear) and a table (of an embedding) are
+    rounded to the compute dtype, a vector stays float32.
     `layer` None = outside the layers. `pad_rows`: zero rows up to a multiple of 16 (vocabulary).
     """
 
     key: str
     sources: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    kind: Literal["matrix", "vector"]
+    kind: Literal["matrix", "table", "vector"]
     layer: int | None = None
     pad_rows: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedWeights:
-    """Handles by key; `ropes` by name."""
+    """Handles by key; `ropes` by name. `top["head"]` always exists, tied or not."""
 
     top: Mapping[str, Buffer]
     layers: Sequence[Mapping[str, Buffer]]

@@ -68,9 +68,8 @@ def mlp(ops: Ops, w: Mapping[str, Buffer], h: Buffer) -> Buffer:
 
 
 def head(ops: Ops, arch: ArchConfig, weights: LoadedWeights, hidden: Buffer) -> Buffer:
-    """(R, D) → logits (R, V); the embedding serves where the head is tied to it."""
-    table = weights.top["embed" if arch.tie_word_embeddings else "head"]
-    logits = ops.all_gather(ops.linear(hidden, table))
+    """(R, D) → logits (R, V)."""
+    logits = ops.all_gather(ops.linear(hidden, weights.top["head"]))
     return logits if arch.final_logit_softcap is None else ops.softcap(logits, arch.final_logit_softcap)
 
 

@@ -12,7 +12,8 @@ def decoder_params(arch: ArchConfig, norms: Sequence[str], *, qk_norm: bool = Fa
     """Embedding, head, final norm, and per layer qkv, o, gate_up, down (with biases as configured),
     the `norms` over D named as in the checkpoint, and per-head q_norm / k_norm."""
     hidden, vocab = arch.hidden_size, arch.vocab_size
-    params = [matrix("embed", ("model.embed_tokens.weight",), ((vocab, hidden),), pad_rows=True)]
+    embed = ("model.embed_tokens.weight",)
+    params = [Param(key="embed", sources=embed, shapes=((vocab, hidden),), kind="table", pad_rows=True)]
     if not arch.tie_word_embeddings:
         params.append(matrix("head", ("lm_head.weight",), ((vocab, hidden),), pad_rows=True))
     params.append(vector("norm", ("model.norm.weight",), ((hidden,),)))

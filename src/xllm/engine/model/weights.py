@@ -47,6 +47,8 @@ def load_weights(
     for param in params:
         target = top if param.layer is None else layers[param.layer]
         target[param.key] = _load(param, source, backend)
+    if "head" not in top:
+        top["head"] = backend.tied_matrix(top["embed"])
     factors = source.load_f32(ROPE_FACTORS) if ROPE_FACTORS in source.names() else None
     ropes = {
         name: RopeTable(cos=backend.vector(cos), sin=backend.vector(sin))
@@ -59,7 +61,7 @@ def weight_bytes(params: Sequence[Param], dtype_bytes: int) -> int:
     """Bytes the parameters take once loaded."""
     total = 0
     for param in params:
-        each = dtype_bytes if param.kind == "matrix" else 4
+        each = 4 if param.kind == "vector" else dtype_bytes
         total += sum(math.prod(shape) for shape in param.shapes) * each
     return total
 
@@ -69,7 +71,8 @@ def _load(param: Param, source: Tensors, backend: Backend) -> Buffer:
     values = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if param.pad_rows and len(values) % _PAD:
         values = np.pad(values, ((0, -len(values) % _PAD), (0, 0)))
-    return backend.matrix(values) if param.kind == "matrix" else backend.vector(values)
+    makers = {"matrix": backend.matrix, "table": backend.table, "vector": backend.vector}
+    return makers[param.kind](values)
 
 
 def _check(params: Sequence[Param], source: Tensors, arch: ArchConfig) -> None:

@@ -44,7 +44,7 @@ def load_runner(
     weights = load_weights(model, arch, tensors, ops, max_model_len)
     # One layer has every shape of the others; vectors are not multiplied.
     shapes = [weights.layers[0][key] for key in ("qkv", "o", "gate_up", "down") if key in weights.layers[0]]
-    ops.probe([*shapes, weights.top["embed"]])
+    ops.probe([*shapes, weights.top["head"]])
     layout = kv_layout(arch, dtype)
     num_pages, why_pages = choose_num_pages(layout, config, max_model_len, free_bytes())
     runner = ModelRunner(model, arch, weights, ops, layout, num_pages, sampler, numerics)

@@ -19,6 +19,7 @@ from torch.nn.functional import linear as torch_linear
 from xllm.engine.kernels.ops import F32, I64, Buffer, KVSpan, RopeTable
 from xllm.engine.kernels.reference.attention import AttentionPlan, attend, make_plan
 from xllm.engine.kernels.reference.exactness import CANDIDATES, exact_row_multiple
+from xllm.engine.kernels.reference.packed import can_pack, pack, packed_linear
 from xllm.types import PAGE_SIZE, KVGroup
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -46,6 +47,7 @@ class TorchOps:
         # weights are kept widened there; the values, and the rounding between ops, stay float16.
         widen = self._device.type == "cpu" and self._dtype == torch.float16
         self._matmul_dtype = torch.float32 if widen else self._dtype
+        self._packs = self._device.type == "cpu" and can_pack()
         self._row_multiple = CANDIDATES[-2]
         self._deterministic = False
 
@@ -71,9 +73,15 @@ class TorchOps:
     # Buffers.
 
     def matrix(self, values: F32) -> Buffer:
-        rounded = torch.from_numpy(np.ascontiguousarray(values)).to(self._dtype).to(self._matmul_dtype)
-        # The caller's array may be a read-only view of a file; weights are always our own memory.
-        return _b(rounded.clone().to(self._device))
+        return self.tied_matrix(self.table(values))
+
+    def table(self, values: F32) -> Buffer:
+        # A copy, since the caller's array may be a read-only view of a file.
+        own = torch.from_numpy(np.array(values, dtype=np.float32))
+        return _b(own.to(self._dtype).to(self._matmul_dtype).to(self._device))
+
+    def tied_matrix(self, table: Buffer) -> Buffer:
+        return _b(pack(_t(table)) if self._packs else _t(table))
 
     def vector(self, values: F32) -> Buffer:
         return _b(torch.from_numpy(np.array(values, dtype=np.float32)).to(self._device))
@@ -180,7 +188,7 @@ class TorchOps:
         return x
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return torch_linear(x, weight)
+        return packed_linear(x, weight) if self._packs else torch_linear(x, weight)
 
     def _gated(self, gate_up: Buffer, activation: Callable[[Tensor], Tensor]) -> Buffer:
         # A contiguous gate keeps `exp` and `tanh` on one code path whatever the row count.
