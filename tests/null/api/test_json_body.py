@@ -26,7 +26,7 @@ BAD = {
     "escaped duplicate": (b'{"a": 1, "\\u0061": 2}', "duplicate_key"),
     "depth": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "invalid_json"),
     "open depth": (b"[" * 100_000, "invalid_json"),
-    "a million lists": (b'{"a":[' + b"[]," * 1_000_000 + b"1]}", "value_out_of_range"),
+    "many lists": (b'{"a":[' + b"[]," * 200_000 + b"1]}", "value_out_of_range"),
     "depth of objects": (b'{"a":' * 70 + b"1" + b"}" * 70, "invalid_json"),
     "NaN": (b'{"t": NaN}', "invalid_json"),
     "Infinity": (b'{"t": Infinity}', "invalid_json"),

@@ -12,7 +12,7 @@ import torch
 
 def can_pack() -> bool:
     """Whether this torch has oneDNN and its operators for packed weights."""
-    return torch.backends.mkldnn.is_available() and all(
+    return bool(torch._C._has_mkldnn) and all(
         hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
     )
 
