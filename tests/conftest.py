@@ -10,7 +10,7 @@ from xllm.artifacts.resolve import resolve
 from xllm.errors import ConfigError
 
 # Before torch is imported: as `config.env.engine_environment` does for engine processes.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 @pytest.fixture(scope="session")

@@ -38,10 +38,12 @@ def config_file() -> Path | None:
 
 
 def engine_environment() -> dict[str, str]:
-    """The environment for an engine process: this one's, with compute threads that sleep when they wait.
+    """The environment for an engine process: this one's, with compute threads that soon sleep when they wait.
 
     Threads that spin at a barrier while the front, the detokeniser or another engine needs their core
-    stretch a step several times over; measured in docs/design/0003-engine-process.md. A value the user
+    stretch a step up to a hundredfold; measured in docs/design/0003-engine-process.md. What the user
     has set wins.
     """
-    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    if "OMP_WAIT_POLICY" in os.environ:
+        return dict(os.environ)
+    return {"GOMP_SPINCOUNT": "1000", **os.environ}

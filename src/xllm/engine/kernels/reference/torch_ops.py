@@ -91,7 +91,11 @@ class TorchOps:
 
     def kv_pages(self, group: KVGroup, num_pages: int) -> Buffer:
         shape = (num_pages, 2, len(group.layers), group.num_kv_heads, PAGE_SIZE, group.head_dim)
-        return _b(torch.zeros(shape, dtype=self._dtype, device=self._device))
+        if self._device.type != "cpu":
+            return _b(torch.zeros(shape, dtype=self._dtype, device=self._device))
+        # numpy leaves zeroing to the kernel, page by page at first use: gigabytes cost nothing at start.
+        raw = np.zeros(math.prod(shape) * self._dtype.itemsize, dtype=np.uint8)
+        return _b(torch.from_numpy(raw).view(self._dtype).view(shape))
 
     def copy_page(self, pages: Buffer, src: int, dst: int) -> None:
         _t(pages)[dst].copy_(_t(pages)[src])
