@@ -29,6 +29,11 @@ class InProcExecutor:
 
     def execute(self, plan: StepPlan) -> StepResult:
         started = time.perf_counter()
+        if plan.copies:
+            # On their own, and once: a source may be overwritten by this very step's rows, so a
+            # second run of the sequences must not copy again.
+            self._runner.execute(dataclasses.replace(plan, sequences=()))
+            plan = dataclasses.replace(plan, copies=())
         try:
             result = self._runner.execute(plan)
         except Exception:
@@ -48,7 +53,6 @@ class InProcExecutor:
         return StepResult(step=plan.step, sequences=tuple(results))
 
     def _alone(self, plan: StepPlan, sequence: SequencePlan) -> tuple[SequenceResult, ...]:
-        # Copies are idempotent here: their sources are complete before the step.
         part = dataclasses.replace(plan, sequences=(sequence,))
         try:
             return self._runner.execute(part).sequences
