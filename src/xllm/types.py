@@ -154,7 +154,7 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
     groups: tuple[KVGroup, ...]
     dtype: str
     page_size: int = PAGE_SIZE
-    order: str = "page,kv,layer,token,head,dim"
+    order: str = "page,kv,layer,head,token,dim"
     version: int = 1
 
     def digest(self) -> str:

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from typing import Protocol
 
 from xllm.api.error_map import error_reply
-from xllm.api.http.body import BodyDecoder, ChunkedBody, LengthBody
+from xllm.api.http.cycle import Cycle
 from xllm.api.http.exchange import Handler, Reply, Request
-from xllm.api.http.head import Head, check_start, parse_head
+from xllm.api.http.inbox import Inbox
 from xllm.api.http.limits import HttpLimits
-from xllm.errors import DeadlineError, RequestError, UnavailableError, XllmError
+from xllm.api.http.outbox import Outbox
+from xllm.errors import DeadlineError, UnavailableError, XllmError
 from xllm.ids import echoable, new_request_id
 
 _PROBE_TIMES_S = (0.02, 0.1, 0.5)
@@ -40,12 +41,9 @@ class Connection(asyncio.Protocol):
     def __init__(self, handler: Handler, limits: HttpLimits, keeper: Keeper) -> None:
         self._handler, self._limits, self._keeper = handler, limits, keeper
         self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.Transport
+        self._out: Outbox
         self._timer: asyncio.TimerHandle | None = None
-        self._writable = asyncio.Event()
-        self._writable.set()
-        self._buffer = bytearray()
-        self._scanned = 0
+        self._inbox = Inbox(limits)
         self._discarding = False
         self._close_after = False
         self._eof = False
@@ -53,19 +51,17 @@ class Connection(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
         self._request: Request | None = None
         self._reply: Reply | None = None
-        self._decoder: BodyDecoder | None = None
-        self._body = bytearray()
+        self._cycle: Cycle | None = None
         self._body_start_s = 0.0
 
     # -- the transport's calls ------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)  # noqa: S101  asyncio's promise, not data
-        self._transport = transport
-        transport.set_write_buffer_limits(high=self._limits.write_buffer_bytes)
+        self._out = Outbox(transport, self._limits)
         if not self._keeper.admit(self):
-            self._refuse(UnavailableError("Too many connections.", code="too_many_connections"))
-            transport.close()  # at once: lingering would add to what is already too much
+            # Without lingering, which would add to what is already too much.
+            self._refuse(UnavailableError("Too many connections.", code="too_many_connections"), linger=False)
             return
         self._arm(self._limits.header_timeout_s, self._head_late)
 
@@ -73,19 +69,19 @@ class Connection(asyncio.Protocol):
         if self._discarding:
             return
         if self._task is None:
-            if not self._buffer:
+            if not self._inbox:
                 self._arm(self._limits.header_timeout_s, self._head_late)
-            self._buffer += data
+            self._inbox.add(data)
             self._next_request()
-        elif self._decoder is not None and not self._decoder.done:
+        elif self._awaits_body():
             self._feed_body(data)
         else:
-            self._keep_pipelined(data)
+            self._keep_ahead(data)
 
     def eof_received(self) -> bool:
         self._eof = True
-        if self._task is None or (self._decoder is not None and not self._decoder.done):
-            self._transport.abort() if self._task else self._transport.close()
+        if self._task is None or self._awaits_body():
+            self._out.abort() if self._task else self._out.close()
             return False
         # A half-closed client is still owed its answer, a vanished one is not; only writing tells.
         for delay in _PROBE_TIMES_S:
@@ -95,147 +91,95 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
         self._discarding = True
-        self._writable.set()
+        self._out.lost()
         if self._task is not None:
             self._task.cancel()
         self._keeper.forget(self)
 
     def pause_writing(self) -> None:
-        self._writable.clear()
+        self._out.pause()
 
     def resume_writing(self) -> None:
-        self._writable.set()
+        self._out.resume()
 
-    # -- what an exchange needs -----------------------------------------------------------------
+    # -- what a request and its reply need ------------------------------------------------------
 
     def start_body(self) -> None:
-        if self._request is None:
-            return
-        head = self._request.head
-        if (head.content_length or 0) > self._limits.max_body_bytes:
-            raise self._too_large()
-        if head.expects_continue and self._decoder is not None and not self._decoder.done:
-            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self._cycle is not None and self._cycle.wants_continue:
+            self._out.write(self._cycle.go_on())
 
     def keeps_alive(self) -> bool:
-        unread = self._decoder is not None and not self._decoder.done
-        return not (self._close_after or self._keeper.draining or self._eof or unread)
-
-    def write(self, data: bytes) -> None:
-        if not self._transport.is_closing():
-            self._transport.write(data)
-
-    async def drained(self) -> None:
-        if self._writable.is_set():
-            return
-        try:
-            await asyncio.wait_for(self._writable.wait(), self._limits.write_timeout_s)
-        except TimeoutError:
-            self._transport.abort()
-            raise ConnectionResetError("the client stopped reading") from None
+        return not (self._close_after or self._keeper.draining or self._eof or self._awaits_body())
 
     # -- what the listener needs ----------------------------------------------------------------
 
     def stop_waiting(self, error: XllmError) -> None:
         """Close a connection that waits for a head; one with half a head is told `error`."""
-        if self._buffer:
+        if self._inbox:
             self._refuse(error)
         else:
             self._close(linger=False)
 
     def abort(self) -> None:
-        self._transport.abort()
+        self._out.abort()
 
-    # -- heads ----------------------------------------------------------------------------------
+    # -- requests -------------------------------------------------------------------------------
 
     def _next_request(self) -> None:
-        if self._buffer[:2] == b"\r\n":  # RFC 9112 §2.2: one empty line after the last body
-            del self._buffer[:2]
         try:
-            head = self._take_head()
+            block = self._inbox.take_head()
+            if block is not None:
+                self._start(block)
         except XllmError as error:
             self._refuse(error)
-            return
-        if head is not None:
-            self._start(head)
 
-    def _take_head(self) -> Head | None:
-        buffer, seen = self._buffer, self._scanned
-        end = buffer.find(b"\r\n\r\n", max(0, seen - 3))
-        if end >= 0:
-            block = bytes(buffer[:end])
-            del buffer[: end + 4]
-            self._scanned = 0
-            return parse_head(block, self._limits)
-        if buffer.count(b"\n", seen) != buffer.count(b"\r\n", max(0, seen - 1)):
-            raise RequestError("A line does not end in CRLF.", code="bad_request")
-        # Only the first line can be judged early; beyond it just the size matters.
-        if buffer and (seen <= self._limits.max_target_bytes or len(buffer) > self._limits.max_head_bytes):
-            check_start(bytes(buffer), self._limits)
-        self._scanned = len(buffer)
-        return None
-
-    def _start(self, head: Head) -> None:
+    def _start(self, block: bytes) -> None:
+        cycle = Cycle(self._limits)
+        head = cycle.read_head(block)
         self._disarm()
         named = head.values(b"x-request-id")
         client_id = named[0].decode("latin-1") if len(named) == 1 else None
         request_id = echoable(client_id) or new_request_id()
+        self._cycle = cycle
         self._request = request = Request(head, request_id, self)
-        self._reply = reply = Reply(head, request_id, self)
-        self._body = bytearray()
-        self._decoder = ChunkedBody() if head.chunked else LengthBody(head.content_length or 0)
+        self._reply = reply = Reply(cycle, head, request_id, self, self._out)
         self._keeper.mark(self, busy=True)
-        if not head.has_body:
-            self._decoder.done = True
+        if cycle.has_whole_request:
             request.deliver(b"")
         else:
             self._body_start_s = self._loop.time()
             self._arm(self._limits.body_timeout_s, self._body_late)
-            rest, self._buffer = bytes(self._buffer), bytearray()
-            if rest:
-                self._feed_body(rest)
+            self._feed_body(self._inbox.take_all())
         self._task = self._loop.create_task(self._run(request, reply))
 
-    # -- bodies ---------------------------------------------------------------------------------
+    def _awaits_body(self) -> bool:
+        return self._cycle is not None and not self._cycle.has_whole_request
 
     def _feed_body(self, data: bytes) -> None:
-        request, decoder = self._request, self._decoder
-        if request is None or decoder is None or self._close_after:
+        request, cycle = self._request, self._cycle
+        if request is None or cycle is None or self._close_after:
             return
-        if (request.head.content_length or 0) > self._limits.max_body_bytes:
-            return  # refused in start_body; nothing of it is kept
         try:
-            body, rest = decoder.feed(data)
-        except RequestError as error:
+            rest = cycle.feed(data)
+        except XllmError as error:
             self._fail_body(error)
             return
-        self._body += body
-        if len(self._body) > self._limits.max_body_bytes:
-            self._fail_body(self._too_large())
-        elif decoder.done:
+        if cycle.has_whole_request:
             self._disarm()
-            request.deliver(bytes(self._body))
-            self._body = bytearray()
-            self._keep_pipelined(rest)
+            request.deliver(cycle.take_body())
+            self._keep_ahead(rest)
 
     def _fail_body(self, error: XllmError) -> None:
         self._disarm()
         self._close_after = True
-        self._body = bytearray()
-        if self._request is not None:
+        if self._request is not None and self._cycle is not None:
+            self._cycle.take_body()
             self._request.fail(error)
 
-    def _too_large(self) -> RequestError:
-        limit = self._limits.max_body_bytes
-        return RequestError(f"The body may have at most {limit} bytes.", code="request_too_large")
-
-    def _keep_pipelined(self, data: bytes) -> None:
+    def _keep_ahead(self, data: bytes) -> None:
         # Reading goes on in any case: only then is a client that leaves noticed.
-        if len(self._buffer) + len(data) <= self._limits.max_pipelined_bytes:
-            self._buffer += data
-        else:
+        if not self._inbox.add_ahead(data):
             self._close_after = True
-            self._buffer.clear()
 
     # -- the handler ----------------------------------------------------------------------------
 
@@ -243,11 +187,11 @@ class Connection(asyncio.Protocol):
         try:
             await self._handler(request, reply)
         except ConnectionError:
-            self._transport.abort()
+            self._out.abort()
         except Exception as error:  # noqa: BLE001  the request boundary: one request fails, not the server
             answer = error_reply(error, request.request_id)
             if reply.started:
-                self._transport.abort()
+                self._out.abort()
             else:
                 reply.send_now(answer.status, answer.body, answer.headers)
         finally:
@@ -256,45 +200,38 @@ class Connection(asyncio.Protocol):
 
     def _finished(self, reply: Reply) -> None:
         self._disarm()
-        self._request = self._reply = None
-        if not reply.ended:
-            self._transport.abort()
-        elif not reply.keep_alive or not self.keeps_alive():
-            unread = self._close_after or (self._decoder is not None and not self._decoder.done)
-            self._close(linger=unread or bool(self._buffer))
+        cycle, unread = self._cycle, self._close_after or self._awaits_body()
+        self._cycle = self._request = self._reply = None
+        if not reply.ended or cycle is None:
+            self._out.abort()
+        elif not (reply.keep_alive and cycle.may_go_on and self.keeps_alive()):
+            self._close(linger=unread or bool(self._inbox))
         else:
-            self._decoder = None
             self._keeper.mark(self, busy=False)
-            self._arm(self._limits.keep_alive_timeout_s, self._idle_late)
-            if self._buffer:
+            self._arm(self._limits.keep_alive_timeout_s, self._out.close_idle)
+            if self._inbox:
                 self._arm(self._limits.header_timeout_s, self._head_late)
                 self._next_request()
 
     # -- the end --------------------------------------------------------------------------------
 
-    def _refuse(self, error: XllmError) -> None:
+    def _refuse(self, error: XllmError, *, linger: bool = True) -> None:
         """An answer made without a handler, then the end."""
-        reply = Reply(None, new_request_id(), self)
+        reply = Reply(Cycle(self._limits), None, new_request_id(), self, self._out)
         answer = error_reply(error, reply.request_id)
         reply.send_now(answer.status, answer.body, answer.headers)
-        self._close(linger=True)
+        self._close(linger=linger)
 
     def _close(self, *, linger: bool) -> None:
-        """The end. `linger` when input may be unread: closing over it would reset the reply away."""
+        """The end; what still comes in is dropped."""
+        self._disarm()
         self._discarding = True
-        self._buffer.clear()
-        if self._transport.is_closing():
-            return
-        if self._eof or not linger:
-            self._transport.close()
-        else:
-            self._transport.write_eof()
-            self._arm(self._limits.linger_s, self._transport.close)
-        self._loop.call_later(self._limits.linger_s + self._limits.write_timeout_s, self._transport.abort)
+        self._inbox.clear()
+        self._out.close(linger=linger and not self._eof)
 
     def _probe(self, task: asyncio.Task[None]) -> None:
         if self._task is task and self._reply is not None and not self._reply.probe():
-            self._transport.abort()
+            self._out.abort()
 
     def _arm(self, seconds: float, callback: Callable[[], None]) -> None:
         self._disarm()
@@ -308,11 +245,9 @@ class Connection(asyncio.Protocol):
     def _head_late(self) -> None:
         self.stop_waiting(DeadlineError("The request head took too long.", code="request_timeout"))
 
-    def _idle_late(self) -> None:
-        self._transport.close() if self._writable.is_set() else self._transport.abort()
-
     def _body_late(self) -> None:
-        allowed = self._limits.body_timeout_s + len(self._body) / self._limits.min_body_bytes_per_s
+        num_body_bytes = self._cycle.num_body_bytes if self._cycle else 0
+        allowed = self._limits.body_timeout_s + num_body_bytes / self._limits.min_body_bytes_per_s
         left = self._body_start_s + allowed - self._loop.time()
         if left > 0.01:
             self._arm(left, self._body_late)

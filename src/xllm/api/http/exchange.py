@@ -7,26 +7,22 @@ to be gone, so a handler's `finally` is the place where work is aborted.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
+from xllm.api.http.cycle import Cycle, HeaderList
 from xllm.api.http.head import Head
-
-HeaderList = Iterable[tuple[str, str]]
+from xllm.api.http.outbox import Outbox
 
 
 class Wire(Protocol):
-    """What an exchange needs of its connection."""
+    """What an exchange asks of its connection."""
 
     def start_body(self) -> None:
-        """The handler wants the body now. Raises RequestError(request_too_large)."""
+        """The handler wants the body now: a client that waits for `100 Continue` gets it."""
 
     def keeps_alive(self) -> bool:
         """Whether the connection may serve another request after this one."""
-
-    def write(self, data: bytes) -> None: ...
-
-    async def drained(self) -> None: ...
 
 
 class Request:
@@ -58,11 +54,12 @@ class Request:
 class Reply:
     """Exactly one response. `send` for a whole one, or `start`, `write`…, `end`."""
 
-    def __init__(self, head: Head | None, request_id: str, wire: Wire) -> None:
-        self._wire = wire
-        self._bodyless = head is not None and head.method == "HEAD"
-        self._chunked = head is not None and not head.http_1_0
-        self.keep_alive = head is not None and head.keep_alive
+    def __init__(self, cycle: Cycle, head: Head | None, request_id: str, wire: Wire, out: Outbox) -> None:
+        """Without a head it answers bytes that were no request, and the connection closes."""
+        self._cycle = cycle
+        self._wire, self._out = wire, out
+        self._may_probe = head is not None and not head.http_1_0
+        self.keep_alive = head is not None
         self.request_id = request_id
         self.status = 0
         self.extra: list[tuple[str, str]] = []
@@ -78,78 +75,49 @@ class Reply:
     ) -> None:
         """A whole response."""
         self.send_now(status, body, headers, content_type)
-        await self._wire.drained()
+        await self._out.drained()
 
     def send_now(
         self, status: int, body: bytes, headers: HeaderList = (), content_type: str = "application/json"
     ) -> None:
         """`send` for the connection itself, which cannot wait."""
         more = [("content-type", content_type), *headers, ("content-length", str(len(body)))]
-        self._wire.write(self._head(status, more) + (b"" if self._bodyless else body))
+        self._out.write(self._head(status, more) + self._cycle.data(body) + self._cycle.end())
         self.ended = True
 
     def start(self, status: int, content_type: str, headers: HeaderList = ()) -> None:
         """The head of a response of unknown length."""
-        more = [("content-type", content_type), *headers]
-        if self._chunked:
-            more.append(("transfer-encoding", "chunked"))
-        else:
-            self.keep_alive = False
-        self._wire.write(self._head(status, more))
+        self._out.write(self._head(status, [("content-type", content_type), *headers]))
 
     async def write(self, data: bytes) -> None:
         """One piece; waits while the client reads too slowly."""
-        if data and not self._bodyless:
-            self._wire.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
-        await self._wire.drained()
+        self._out.write(self._cycle.data(data))
+        await self._out.drained()
 
     def probe(self) -> bool:
         """Send something without meaning, so that a vanished client answers with a reset.
 
         False when the protocol has no such thing (HTTP/1.0).
         """
-        if not self._chunked:
+        if not self._may_probe:
             return False
         if not self.started:
-            self._wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        elif not self.ended and not self._bodyless:
-            self._wire.write(b"3\r\n:\n\n\r\n")
+            self._out.write(self._cycle.go_on())
+        elif not self.ended:
+            self._out.write(self._cycle.data(b":\n\n"))
         return True
 
     async def end(self) -> None:
-        if self._chunked and not self._bodyless:
-            self._wire.write(b"0\r\n\r\n")
+        self._out.write(self._cycle.end())
         self.ended = True
-        await self._wire.drained()
+        await self._out.drained()
 
     def _head(self, status: int, headers: HeaderList) -> bytes:
-        self.status = status
-        self.keep_alive = self.keep_alive and self._wire.keeps_alive()
-        lines = [f"HTTP/1.1 {status} {_REASONS.get(status, 'Error')}"]
-        lines += [f"{name}: {value}" for name, value in headers]
-        lines += [f"{name}: {value}" for name, value in self.extra]
-        lines += [f"x-request-id: {self.request_id}", "x-content-type-options: nosniff"]
-        lines.append(f"connection: {'keep-alive' if self.keep_alive else 'close'}")
-        return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+        close = not (self.keep_alive and self._wire.keeps_alive())
+        own = [("x-request-id", self.request_id), ("x-content-type-options", "nosniff")]
+        data = self._cycle.start(status, [*headers, *self.extra, *own], close=close)
+        self.status = status  # only now: a header that h11 refuses leaves room for another answer
+        return data
 
 
 Handler = Callable[[Request, Reply], Awaitable[None]]
-
-_REASONS = {
-    200: "OK",
-    400: "Bad Request",
-    401: "Unauthorized",
-    403: "Forbidden",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    408: "Request Timeout",
-    409: "Conflict",
-    413: "Content Too Large",
-    415: "Unsupported Media Type",
-    417: "Expectation Failed",
-    421: "Misdirected Request",
-    429: "Too Many Requests",
-    431: "Request Header Fields Too Large",
-    500: "Internal Server Error",
-    503: "Service Unavailable",
-}

@@ -1,7 +1,7 @@
-"""The request head, read strictly: what two readers could understand differently is refused.
+"""The request head: what is refused on its raw bytes, and what the rest of the house sees of it.
 
-No tolerance of RFC 9112 is used where it allows one (bare LF, folding, repeated lengths, absolute
-targets): request smuggling lives in those. Pure functions over bytes.
+h11 parses; it takes RFC 9112's tolerances on purpose (bare LF, folding, repeated lengths, a length
+beside chunks), and request smuggling lives in those. So they are refused before it sees the bytes.
 """
 
 from __future__ import annotations
@@ -9,18 +9,21 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import h11
+
 from xllm.api.http.limits import HttpLimits
 from xllm.errors import RequestError
 
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
-_METHOD = re.compile(_TOKEN + rb"{1,32}")
-_NAME = re.compile(_TOKEN + rb"+")
-# Visible ASCII and obs-text; no control bytes but the tab.
-_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+_METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")
 _TARGET = re.compile(rb"/[\x21\x22\x24-\x7e]*")
 _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
-_HOST = re.compile(rb"(?P<name>[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::(?P<port>[0-9]{1,5}))?")
+# h11 lets most control bytes pass in values. CR and LF have a rule of their own.
+_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_FOLDED = re.compile(rb"\n[ \t]")
+# h11 makes one length of "5, 5" or of two equal lines; only the raw bytes still show them.
+_LENGTH_LINE = re.compile(rb"\ncontent-length:[ \t]*([^\r]*?)[ \t]*\r", re.IGNORECASE)
 _LENGTH = re.compile(rb"[0-9]{1,18}")
+_HOST = re.compile(rb"(?P<name>[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::(?P<port>[0-9]{1,5}))?")
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
@@ -40,16 +43,10 @@ class Head:
     host: str
     content_length: int | None
     chunked: bool
-    keep_alive: bool
-    expects_continue: bool
 
     def values(self, name: bytes) -> list[bytes]:
         """Every value of a header, in order."""
         return [v for n, v in self.headers if n == name]
-
-    @property
-    def has_body(self) -> bool:
-        return self.chunked or bool(self.content_length)
 
 
 def check_start(start: bytes, limits: HttpLimits) -> None:
@@ -61,38 +58,57 @@ def check_start(start: bytes, limits: HttpLimits) -> None:
         raise RequestError("The request head is too large.", code="headers_too_large")
     line, crlf, _ = start.partition(b"\r\n")
     if crlf:
-        _request_line(line, limits)
+        _check_request_line(line, limits)
     elif not _METHOD.match(start) or len(line) > limits.max_target_bytes + 64:
         raise _bad("The request does not start with an HTTP method.")
 
 
-def parse_head(block: bytes, limits: HttpLimits) -> Head:
-    """`block` is everything before the empty line, without it.
+def check_head(block: bytes, limits: HttpLimits) -> None:
+    """Refuse what h11 would accept or has no limit for. `block` ends with the empty line.
 
-    Raises RequestError: bad_request, headers_too_large, expectation_failed.
+    Raises RequestError (bad_request, headers_too_large).
     """
     if len(block) > limits.max_head_bytes:
         raise RequestError("The request head is too large.", code="headers_too_large")
-    first, *lines = block.split(b"\r\n")
-    method, target, http_1_0 = _request_line(first, limits)
-    if len(lines) > limits.max_headers:
+    _check_request_line(block.partition(b"\r\n")[0], limits)
+    num_lines = block.count(b"\r\n")
+    if num_lines - 2 > limits.max_headers:
         raise RequestError("The request has too many headers.", code="headers_too_large")
-    headers = tuple(_header(line) for line in lines)
-    length, chunked = _framing(headers, http_1_0)
-    connection = b",".join(v.lower() for n, v in headers if n == b"connection")
-    options = {o.strip() for o in connection.split(b",")}
-    path, _, query = target.decode("ascii").partition("?")
+    if block.count(b"\n") != num_lines or block.count(b"\r") != num_lines:
+        raise _bad("A line does not end in CRLF.")
+    if _FOLDED.search(block) or _CONTROL.search(block):
+        raise _bad("A header line is not valid.")
+    lengths = _LENGTH_LINE.findall(block)
+    if len(lengths) > 1:
+        raise _bad("The length of the body is given more than once.")
+    if lengths and not _LENGTH.fullmatch(lengths[0]):
+        raise _bad("The Content-Length is not a number.")
+
+
+def read_head(request: h11.Request) -> Head:
+    """What h11 read, as the house's own value. `request` passed `check_head` on its bytes.
+
+    Raises RequestError: bad_request, expectation_failed.
+    """
+    headers = tuple(request.headers)
+    http_1_0 = request.http_version == b"1.0"
+    lengths = [v for n, v in headers if n == b"content-length"]
+    chunked = any(n == b"transfer-encoding" for n, _ in headers)
+    if chunked and (lengths or http_1_0):
+        raise _bad("Chunks need HTTP/1.1 and no length beside them.")
+    if any(n == b"expect" and v.lower() != b"100-continue" for n, v in headers):
+        raise RequestError("The expectation cannot be met.", code="expectation_failed")
+    target = request.target.decode("ascii")
+    path, _, query = ("/*" if target == "*" else target).partition("?")
     return Head(
-        method=method.decode("ascii"),
+        method=request.method.decode("ascii"),
         path=path,
         query=query,
         http_1_0=http_1_0,
         headers=headers,
         host=_host(headers, http_1_0),
-        content_length=length,
+        content_length=int(lengths[0]) if lengths else None,
         chunked=chunked,
-        keep_alive=b"close" not in options and (not http_1_0 or b"keep-alive" in options),
-        expects_continue=_expects_continue(headers),
     )
 
 
@@ -100,7 +116,8 @@ def _bad(message: str) -> RequestError:
     return RequestError(message, code="bad_request")
 
 
-def _request_line(line: bytes, limits: HttpLimits) -> tuple[bytes, bytes, bool]:
+def _check_request_line(line: bytes, limits: HttpLimits) -> None:
+    """Stricter than h11: two versions, origin-form targets only, whole escapes, bounded lengths."""
     parts = line.split(b" ")
     if len(parts) != 3 or not _METHOD.fullmatch(parts[0]):
         raise _bad("The request line is not valid.")
@@ -108,29 +125,12 @@ def _request_line(line: bytes, limits: HttpLimits) -> tuple[bytes, bytes, bool]:
     if version not in (b"HTTP/1.1", b"HTTP/1.0"):
         raise _bad("Only HTTP/1.1 and HTTP/1.0 are spoken here.")
     if target == b"*" and method == b"OPTIONS":
-        target = b"/*"
-    if len(target) > limits.max_target_bytes or not _TARGET.fullmatch(target) or _BAD_ESCAPE.search(target):
+        return
+    # CONNECT has an authority for a target and would make a tunnel of the connection.
+    if method == b"CONNECT" or len(target) > limits.max_target_bytes:
         raise _bad("The request target is not valid.")
-    return method, target, version == b"HTTP/1.0"
-
-
-def _header(line: bytes) -> tuple[bytes, bytes]:
-    name, colon, value = line.partition(b":")
-    if not colon or not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
-        raise _bad("A header line is not valid.")
-    return name.lower(), value.strip(b" \t")
-
-
-def _framing(headers: Headers, http_1_0: bool) -> tuple[int | None, bool]:
-    lengths = [v for n, v in headers if n == b"content-length"]
-    encodings = [v for n, v in headers if n == b"transfer-encoding"]
-    if len(lengths) > 1 or len(encodings) > 1 or (lengths and encodings):
-        raise _bad("The length of the body is given more than once.")
-    if encodings and (http_1_0 or encodings[0].lower() != b"chunked"):
-        raise _bad("The only transfer encoding is chunked.")
-    if lengths and not _LENGTH.fullmatch(lengths[0]):
-        raise _bad("The Content-Length is not a number.")
-    return (int(lengths[0]) if lengths else None), bool(encodings)
+    if not _TARGET.fullmatch(target) or _BAD_ESCAPE.search(target):
+        raise _bad("The request target is not valid.")
 
 
 def _host(headers: Headers, http_1_0: bool) -> str:
@@ -142,10 +142,3 @@ def _host(headers: Headers, http_1_0: bool) -> str:
     if match is None or int(match["port"] or 0) > 65535:
         raise _bad("The request needs exactly one valid Host header.")
     return match["name"].decode("ascii").lower().strip("[]")
-
-
-def _expects_continue(headers: Headers) -> bool:
-    expectations = [v.lower() for n, v in headers if n == b"expect"]
-    if any(e != b"100-continue" for e in expectations):
-        raise RequestError("The expectation cannot be met.", code="expectation_failed")
-    return bool(expectations)

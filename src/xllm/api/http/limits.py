@@ -12,13 +12,15 @@ class HttpLimits:
     """Sizes in bytes, times in seconds.
 
     A body may take `body_timeout_s` plus its length so far over `min_body_bytes_per_s`: a sender
-    of one byte a second is cut at the limit, a large honest upload is not.
+    of one byte a second is cut at the limit, a large honest upload is not. Of chunks of less than
+    64 bytes on average only `max_small_chunks` are read.
     """
 
     max_head_bytes: int = 64 * 1024
     max_headers: int = 100
     max_target_bytes: int = 4096
     max_body_bytes: int = 32 * 1024 * 1024
+    max_small_chunks: int = 4096
     max_connections: int = 1024
     max_pipelined_bytes: int = 64 * 1024
     header_timeout_s: float = 10.0

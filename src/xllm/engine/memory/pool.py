@@ -38,6 +38,8 @@ class PagePool:
     def __init__(self, num_pages: int) -> None:
         self._free = deque(range(num_pages))
         self._refs = [0] * num_pages
+        # Kept beside the reference counts so that a snapshot costs nothing; `check` compares them.
+        self._num_owned = 0
         self._keys: list[PrefixKey | None] = [None] * num_pages
         self._by_digest: dict[bytes, int] = {}
         # Least recently released first. Tables release tail pages first, so the tail of a prefix
@@ -64,6 +66,7 @@ class PagePool:
             page, _ = self._reusable.popitem(last=False)
             self._forget(page)
         self._refs[page] = 1
+        self._num_owned += 1
         return page
 
     def share(self, page: int) -> None:
@@ -72,6 +75,7 @@ class PagePool:
             if page not in self._reusable:
                 raise InternalError("a free page was shared")
             del self._reusable[page]
+            self._num_owned += 1
         self._refs[page] += 1
 
     def release(self, page: int) -> None:
@@ -80,6 +84,7 @@ class PagePool:
             raise InternalError("a page was released more often than it was owned")
         self._refs[page] -= 1
         if self._refs[page] == 0:
+            self._num_owned -= 1
             if self._keys[page] is None:
                 self._free.append(page)
             else:
@@ -106,9 +111,11 @@ class PagePool:
         return num_freed
 
     def counts(self) -> PoolCounts:
-        owned = sum(1 for r in self._refs if r > 0)
         return PoolCounts(
-            total=len(self._refs), free=len(self._free), reusable=len(self._reusable), owned=owned
+            total=len(self._refs),
+            free=len(self._free),
+            reusable=len(self._reusable),
+            owned=self._num_owned,
         )
 
     def check(self) -> None:
@@ -116,6 +123,8 @@ class PagePool:
         c = self.counts()
         if c.free + c.reusable + c.owned + c.in_transfer != c.total:
             raise InternalError("pages are not conserved")
+        if c.owned != sum(1 for r in self._refs if r > 0):
+            raise InternalError("the count of owned pages is wrong")
         if any(self._keys[p] is None or self._keys[p].digest != d for d, p in self._by_digest.items()):  # type: ignore[union-attr]
             raise InternalError("a prefix name points to a page that does not hold it")
 
