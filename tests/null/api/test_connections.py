@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 from typing import Any
 
 from tests.null.api.conftest import MakeSite, Site, events
 from tests.null.api.test_streams import BODY, post, submitted
 from xllm.api.http import HttpLimits, Reply, Request, serve_connections
+from xllm.api.http.outbox import Outbox
 from xllm.testing.hostile_http import parse_responses
 
 GET = b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -153,3 +155,40 @@ async def test_a_handler_that_fails_ends_its_own_request_only(site: Site, monkey
     assert response.status_code == 500
     assert response.json()["error"]["message"] == "An internal error occurred."
     assert (await site.client.get("/live")).status_code == 200
+
+
+async def test_a_header_that_must_not_be_sent_becomes_an_internal_error() -> None:
+    async def handler(_: Request, reply: Reply) -> None:
+        await reply.send(200, b"{}", [("x-a", "b\r\nx-c: d")])
+
+    listener = await serve_connections(handler, "127.0.0.1", 0, HttpLimits())
+    reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+    writer.write(GET)
+    status, body = await read_response(reader)
+    assert (status, json.loads(body)["error"]["code"]) == (500, "internal_error")
+    writer.transport.abort()
+    await listener.drain(5.0)
+
+
+class ResetTransport(asyncio.Transport):
+    """What asyncio leaves when the client's reset came before the end of our answer."""
+
+    aborted = False
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return self.aborted
+
+    def write_eof(self) -> None:
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+async def test_a_reset_before_the_lingering_close_ends_the_connection() -> None:
+    transport = ResetTransport()
+    Outbox(transport, HttpLimits()).close(linger=True)
+    assert transport.aborted

@@ -16,6 +16,7 @@ from xllm.engine.plan import PageCopy, SampleOp, SequencePlan, StepPlan, StepRes
 from xllm.engine.request import Request, Sequence, SequenceState
 from xllm.engine.sampling import needs_history
 from xllm.engine.scheduler.absorb import apply_result
+from xllm.engine.scheduler.counters import Counters
 from xllm.engine.scheduler.order import Order
 from xllm.engine.scheduler.outputs import FrameBuilder
 from xllm.errors import CapacityError, ErrorInfo, InternalError, RequestError
@@ -61,13 +62,7 @@ class Scheduler:
         self._next_seq_id = 0
         self._next_arrival = 0
         self._step = 0
-        self._num_preemptions = 0
-        self._num_accepted = 0
-        self._num_ended = 0
-        self._prefix_queries = 0
-        self._prefix_hits = 0
-        self._prompt_tokens = 0
-        self._generation_tokens = 0
+        self._counters = Counters()
 
     # -- intake -------------------------------------------------------------------------------
 
@@ -90,7 +85,7 @@ class Scheduler:
         root = root_digest(self._numerics_class, spec.adapter, spec.cache_salt)
         request = Request(spec=spec, arrival=self._next_arrival, arrived_s=now_s, root=root, prompt=prompt)
         self._next_arrival += 1
-        self._num_accepted += 1
+        self._counters.num_accepted += 1
         self._requests[spec.request_id] = request
         for choice, draws, emitted in _initial_choices(spec):
             self._add(request, choice, draws, (*prompt, *emitted))
@@ -124,7 +119,7 @@ class Scheduler:
         """The next step, or None when nothing can run now."""
         self._planned = {}
         budget = self._max_rows
-        num_preemptions = self._num_preemptions
+        num_preemptions = self._counters.num_preemptions
         # Sequences with one row to go first: a long prompt must not delay running streams.
         ready = [s for s in self._running if not s.out_of_credit]
         ready.sort(key=lambda s: (s.behind > 1, self._key(s)))
@@ -132,7 +127,7 @@ class Scheduler:
         for seq in ready:
             budget -= self._schedule(seq, budget, entries)
         # Right after a preemption pages are short: admitting now would only preempt again.
-        if self._num_preemptions == num_preemptions:
+        if self._counters.num_preemptions == num_preemptions:
             self._admit(budget, entries, now_s)
         # A later sequence may have preempted an earlier entry to get its pages.
         alive = tuple(e for e in entries if e.seq_id in self._planned)
@@ -178,8 +173,8 @@ class Scheduler:
             if request.num_cached is None:
                 request.num_cached = min(seq.num_computed, seq.prompt_len)
                 request.queue_ms = (now_s - request.arrived_s) * 1000
-                self._prefix_queries += seq.prompt_len
-                self._prefix_hits += request.num_cached
+                self._counters.prefix_queries += seq.prompt_len
+                self._counters.prefix_hits += request.num_cached
             self._planned[seq.seq_id] = seq
             entries.append(self._entry(seq, rows))
             budget -= rows
@@ -226,7 +221,7 @@ class Scheduler:
         if request.wants_prompt_logprobs:
             request.prompt_logprobs.clear()
         if seq.state is SequenceState.RUNNING:
-            self._num_preemptions += 1
+            self._counters.num_preemptions += 1
             self._running.remove(seq)
             seq.state = SequenceState.WAITING
             self._enqueue(seq)
@@ -292,14 +287,14 @@ class Scheduler:
         self, seq: Sequence, request: Request, entry: SequencePlan, drawn: dict[int, tuple[int, ...]]
     ) -> None:
         end = entry.start + len(entry.tokens)
-        self._prompt_tokens += max(0, min(end, seq.prompt_len) - entry.start)
+        self._counters.prompt_tokens += max(0, min(end, seq.prompt_len) - entry.start)
         seq.num_computed = end
         self._memory.computed(_table(seq), seq.tokens, end)
         if entry.sample is None:
             return
         self._fork(seq, request, drawn)
         for member in [s for s in request.sequences if s.choice in drawn]:
-            self._generation_tokens += len(drawn[member.choice])
+            self._counters.generation_tokens += len(drawn[member.choice])
             self._check_end(member, request)
         self._frames.output(request, drawn)
         if request.all_ended:
@@ -350,7 +345,7 @@ class Scheduler:
         self._forget(request)
 
     def _forget(self, request: Request) -> None:
-        self._num_ended += 1
+        self._counters.num_ended += 1
         request.ended = True
         del self._requests[request.spec.request_id]
 
@@ -382,24 +377,12 @@ class Scheduler:
         return len(victims)
 
     def snapshot(self) -> EngineSnapshot:
-        pages = self._memory.counts()
-        return EngineSnapshot(
+        return self._counters.snapshot(
             step=self._step,
             num_running=len(self._running),
             num_waiting=len(self._waiting),
             num_requests=len(self._requests),
-            total_pages=pages.total,
-            free_pages=pages.free,
-            cached_pages=pages.reusable,
-            owned_pages=pages.owned,
-            transfer_pages=pages.in_transfer,
-            num_preemptions=self._num_preemptions,
-            prefix_queries=self._prefix_queries,
-            prefix_hits=self._prefix_hits,
-            prompt_tokens=self._prompt_tokens,
-            generation_tokens=self._generation_tokens,
-            num_accepted=self._num_accepted,
-            num_ended=self._num_ended,
+            pages=self._memory.counts(),
         )
 
     # -- small helpers ------------------------------------------------------------------------
