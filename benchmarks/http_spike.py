@@ -113,7 +113,7 @@ CANDIDATES: dict[str, tuple[str, Callable[[int], None]]] = {
     "aiohttp": ("aiohttp", serve_aiohttp),
     "hypercorn": ("hypercorn", serve_hypercorn),
     "granian": ("granian", serve_granian),
-    "xllm.api.http": ("xllm.api.http", serve_xllm),
+    "xllm.api.http (h11)": ("h11", serve_xllm),
 }
 
 

@@ -75,6 +75,7 @@ class House:
         return {
             "fds": sum(p.num_fds() for p in processes),
             "threads": sum(p.num_threads() for p in processes),
+            "tasks": int(self.server.metric("xllm:front_tasks")),
             "rss": sum(p.memory_info().rss for p in processes),
         }
 
@@ -154,6 +155,7 @@ def test_repeats_leave_nothing_behind(house: House) -> None:
         once()
     house.check()
     assert eventually(lambda: house.resources()["fds"] <= before["fds"])
+    assert eventually(lambda: house.resources()["tasks"] <= before["tasks"])
     after = house.resources()
     assert after["threads"] <= before["threads"]
     assert after["rss"] <= before["rss"] * 1.05, (before, after)

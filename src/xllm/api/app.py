@@ -6,6 +6,7 @@ through the connection's boundary and `error_map`; nothing here formats one.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -165,7 +166,11 @@ class App:
         await reply.send(200, msgspec.json.encode({"version": __version__}))
 
     async def _show_metrics(self, _: Request, reply: Reply) -> None:
-        await reply.send(200, self._metrics.render(self._front), content_type=CONTENT_TYPE)
+        await reply.send(
+            200,
+            self._metrics.render(self._front, num_tasks=len(asyncio.all_tasks())),
+            content_type=CONTENT_TYPE,
+        )
 
 
 def create_app(

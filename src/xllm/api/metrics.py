@@ -98,9 +98,10 @@ class Metrics:
         """`route` is a label of the route table, never a path."""
         self._responses.labels(route, str(status)).inc()
 
-    def render(self, front: Readable) -> bytes:
-        """The exposition text."""
+    def render(self, front: Readable, *, num_tasks: int) -> bytes:
+        """The exposition text; `num_tasks` are the tasks of the front's event loop."""
         self._source.front = front
+        self._source.num_tasks = num_tasks
         return generate_latest(self._registry)
 
 
@@ -135,6 +136,7 @@ class _SnapshotCollector(Collector):
 
     def __init__(self) -> None:
         self.front: Readable | None = None
+        self.num_tasks = 0
 
     def collect(self) -> Iterator[Metric]:
         if self.front is None:
@@ -148,6 +150,7 @@ class _SnapshotCollector(Collector):
         for i in snapshot.instances:
             up.add_metric((i.model_id, i.name), float(i.alive))
         yield up
+        yield GaugeMetricFamily("xllm:front_tasks", "Tasks of the front's event loop", self.num_tasks)
         yield GaugeMetricFamily("xllm:inflight_requests", "Accepted, not ended", snapshot.num_inflight_reqs)
         yield GaugeMetricFamily("xllm:inflight_tokens", "Their prompt tokens", snapshot.num_inflight_tokens)
         yield CounterMetricFamily("xllm:requests_accepted", "Accepted requests", snapshot.num_accepted)

@@ -1,7 +1,7 @@
-"""A small, strict HTTP/1.1 server: bytes in, one handler call per request, bytes out.
+"""A strict HTTP/1.1 server around h11: bytes in, one handler call per request, bytes out.
 
-Knows limits and time, not routes, keys or models (`api/app.py`). Why it is our own:
-docs/design/0001-http-server.md.
+Ours are limits, time and refusals, h11's is the protocol. Knows no routes, keys or models
+(`api/app.py`). Why not a whole server: docs/design/0001-http-server.md.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class HttpLimits:
     max_headers: int = 100
     max_target_bytes: int = 4096
     max_body_bytes: int = 32 * 1024 * 1024
-    max_small_chunks: int = 4096
+    max_small_chunks: int = 8192
     max_connections: int = 1024
     max_pipelined_bytes: int = 64 * 1024
     header_timeout_s: float = 10.0
