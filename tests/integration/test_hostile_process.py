@@ -57,7 +57,13 @@ class House:
             "seed": 7,
             "return_token_ids": True,
         }
-        return self.client.post("/v1/completions", json=body).json()["choices"][0]["token_ids"]
+        # Right after a burst the queue may still be full of it; a client is told to come again.
+        for _ in range(100):
+            response = self.client.post("/v1/completions", json=body)
+            if response.status_code != 429:
+                break
+            time.sleep(0.1)
+        return response.json()["choices"][0]["token_ids"]
 
     def check(self) -> None:
         assert self.canary() == self.expected
