@@ -56,7 +56,7 @@ integration: setup model  ## tests with real processes and the real model
 	@$(BIN)/python tools/stages.py integration
 
 robustness: setup  ## hostile and fault tests that take minutes; not part of `make test`
-	@$(BIN)/python -m pytest tests -m robustness --override-ini='addopts=--import-mode=importlib --strict-markers -ra' --timeout=1200
+	@$(BIN)/python -m pytest tests/robustness -s --timeout=1200
 
 bench-ttft: setup  ## time to first token of the default model, served locally
 	@$(BIN)/python benchmarks/ttft.py --model $(MODEL)

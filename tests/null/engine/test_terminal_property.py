@@ -73,17 +73,24 @@ def alone(job: Job) -> dict[int, tuple[int, ...]]:
     return {choice: tokens for (_, choice), tokens in outputs(frames).items()}
 
 
-@given(
-    schedule=st.lists(actions, min_size=3, max_size=40),
-    num_pages=st.integers(8, 24),
-    budget=st.sampled_from([16, 64, 512]),
-    policy=st.sampled_from(["fcfs", "priority"]),
-    caching=st.booleans(),
+schedules = st.fixed_dictionaries(
+    {
+        "schedule": st.lists(actions, min_size=3, max_size=40),
+        "num_pages": st.integers(8, 24),
+        "budget": st.sampled_from([16, 64, 512]),
+        "policy": st.sampled_from(["fcfs", "priority"]),
+        "caching": st.booleans(),
+    }
 )
+
+
+@given(case=schedules)
 @settings(max_examples=60, deadline=None)
-def test_every_accepted_request_ends_once_with_its_own_tokens(
-    schedule, num_pages, budget, policy, caching
-) -> None:
+def test_every_accepted_request_ends_once_with_its_own_tokens(case) -> None:
+    check_schedule(**case)
+
+
+def check_schedule(schedule, num_pages: int, budget: int, policy: str, caching: bool) -> None:
     config = SchedulerConfig(
         max_num_seqs=4, max_num_batched_tokens=budget, scheduling_policy=policy, max_num_queued_reqs=6
     )
