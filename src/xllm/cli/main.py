@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -30,6 +31,16 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code. Output into a pipe whose reader has left ends the command without a traceback."""
+    try:
+        return _main(argv)
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit; it must not find the broken pipe there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _main(argv: Sequence[str] | None) -> int:
     words = dashed(list(sys.argv[1:] if argv is None else argv))
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
@@ -65,10 +76,6 @@ def run_command(name: str, words: Sequence[str]) -> int:
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader of our output went away (`xllm list | head`): nobody is left to tell.
-        sys.stderr.close()
-        return 1
 
 
 def usage() -> str:

@@ -26,6 +26,10 @@ _AUTO = ("cuda", "cpu")
 """Tried in this order; `null` computes nothing and is never chosen on its own."""
 
 
+# Not "pip install xllm[torch]": on Linux that takes the build with gigabytes of CUDA libraries.
+_TORCH_REMEDY = "`make setup` brings it, or install torch 2.13.0 (without a GPU its CPU build: 2.13.0+cpu)"
+
+
 def platform_names() -> tuple[str, ...]:
     """All names that `--platform` accepts, beside auto."""
     return tuple(dict.fromkeys((*BUILT_IN, *(e.name for e in entry_points(group=GROUP)))))
@@ -73,4 +77,4 @@ def _load(name: str) -> tuple[Platform | None, tuple[str, ...]]:
     except ImportError as error:
         if error.name != "torch":
             raise
-        return None, ("torch is not installed; `pip install 'xllm[torch]'` brings it",)
+        return None, (f"torch is not installed; {_TORCH_REMEDY}",)
