@@ -73,9 +73,10 @@ def welcome(server: Running) -> list[str]:
         f"model {card.model_id}: context {card.max_model_len} tokens, {card.dtype}, "
         f"{card.num_pages} KV pages of {card.page_size} tokens",
         f"numerics class {card.numerics_class[:12]}, {exact}",
-        f"ready: {server.base_url}",
         f"try: curl {server.base_url}/v1/chat/completions -H 'content-type: application/json' "
         f"-d '{json.dumps(body)}'",
+        # Last: whoever waits for this line has seen all the others.
+        f"ready: {server.base_url}",
     ]
 
 
