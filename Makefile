@@ -5,6 +5,7 @@ PYTHON ?= python3
 MODEL  ?= smollm2
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
+PEERS  ?= .peers
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -13,10 +14,10 @@ STAMP := $(VENV)/.xllm-setup
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model serve test lint null reference integration robustness bench-ttft bench-serve bench-client freeze clean
+.PHONY: help setup kernels model serve test lint null reference native integration robustness bench-ttft bench-serve bench-client bench-peers bench-compare bench-perplexity freeze clean
 
 help:  ## this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP)  ## .venv with xLLM (editable), the test tools and the CPU build of torch
 
@@ -29,8 +30,13 @@ $(STAMP): pyproject.toml constraints.txt tools/install_torch.py
 	@$(BIN)/python tools/install_torch.py
 	@echo "== setup: xLLM (editable) and the test tools, versions from constraints.txt"
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@echo "== setup: native kernels"
+	@$(BIN)/python -m xllm.engine.kernels.native.build
 	@touch $(STAMP)
 	@echo "== setup: done; $(BIN)/xllm is the command"
+
+kernels: setup  ## build the native kernels again where their sources changed
+	@$(BIN)/python -m xllm.engine.kernels.native.build
 
 serve: setup  ## set up, fetch the default model and serve it on 127.0.0.1:8000
 	@$(BIN)/xllm pull $(MODEL)
@@ -40,7 +46,7 @@ serve: setup  ## set up, fetch the default model and serve it on 127.0.0.1:8000
 model: setup  ## fetch the default model
 	@$(BIN)/xllm pull smollm2 || echo "== no model: the tests that need it are skipped"
 
-test: setup model  ## lint, types, import contracts and every test that needs no GPU; prints seconds per stage
+test: setup kernels model  ## lint, types, import contracts and every test that needs no GPU; prints seconds per stage
 	@$(BIN)/python tools/stages.py
 
 lint: setup  ## ruff, mypy and the import contracts only
@@ -48,6 +54,9 @@ lint: setup  ## ruff, mypy and the import contracts only
 
 null: setup  ## tests that need neither torch nor a model
 	@$(BIN)/python tools/stages.py null
+
+native: setup kernels  ## tests of the native kernels
+	@$(BIN)/python tools/stages.py native
 
 reference: setup  ## tests on the torch reference platform
 	@$(BIN)/python tools/stages.py reference
@@ -66,6 +75,17 @@ bench-serve: setup  ## `xllm bench serve` at several request rates against a loc
 
 bench-client: setup  ## how many tokens a second the load generator itself can take
 	@$(BIN)/python benchmarks/client_limit.py
+
+# PEERS: the folder of the peers' virtual environments, weights and logs; it may be shared by checkouts.
+# ARGS: of the command, e.g. make bench-compare ARGS="--quick" or ARGS="--rates 1 1.5 2 --concurrency".
+bench-peers: setup  ## vLLM, OpenVINO GenAI and llama.cpp, each into an environment of its own (minutes)
+	@$(BIN)/python -m benchmarks.compare.install --peers-dir $(PEERS)
+
+bench-compare: setup model  ## xLLM and its peers, same weights, interleaved; the table goes to benchmarks/results
+	@$(BIN)/python -m benchmarks.compare --model $(MODEL) --peers-dir $(PEERS) $(ARGS)
+
+bench-perplexity: setup model  ## what each encoding of the weights costs in perplexity
+	@$(BIN)/python -m benchmarks.compare.perplexity --model $(MODEL) --weights-dir $(PEERS)/weights $(ARGS)
 
 freeze: setup  ## rewrite constraints.txt from what is installed in .venv
 	@$(BIN)/python tools/freeze.py

@@ -38,6 +38,9 @@ class DictTensors:
     def load_f32(self, name: str) -> np.ndarray:
         return self._tensors[name].astype(np.float32)
 
+    def load_codes(self, name: str) -> None:
+        return None
+
 
 def make_runner(
     arch: ArchConfig, tensors, dtype: str = "float32", num_pages: int = 64, num_positions: int = 1024

@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType as Quant
 from gguf.quants import dequantize
 
 from xllm.arch import ArchConfig
 from xllm.artifacts.digest import sampled_digest
 from xllm.artifacts.gguf_arch import arch_from_metadata
+from xllm.artifacts.gguf_codes import group_codes
 from xllm.artifacts.gguf_header import GgufError, GgufHeader, TensorInfo, read_header
 from xllm.artifacts.gguf_names import ROPE_FREQS, hf_name
 from xllm.artifacts.gguf_tokenizer import assets_from_metadata
 from xllm.artifacts.source import Array, FloatArray, TensorSource, sampling_defaults
+from xllm.codes import GroupCodes
 from xllm.errors import ConfigError
 
 SUPPORTED_TYPES = frozenset(
@@ -152,6 +155,11 @@ class GgufTensors:
         values = self._in_hf_layout(name, _values(self._data, info))
         return {Quant.F16: "float16", Quant.BF16: "bfloat16"}.get(info.type, "float32"), values
 
+    def load_codes(self, name: str) -> GroupCodes | None:
+        info = self._info(name)
+        codes = group_codes(_raw(self._data, info), info.type, info.shape)
+        return None if codes is None else codes.with_rows(lambda rows: self._in_hf_layout(name, rows))
+
     def _info(self, name: str) -> TensorInfo:
         if name not in self._by_name:
             raise ConfigError(f"the model has no tensor {name}")
@@ -174,12 +182,16 @@ def _half_split_rows(values: Array, num_heads: int) -> Array:
     return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
+def _raw(data: mmap.mmap, info: TensorInfo) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(data, dtype=np.uint8, count=info.num_bytes, offset=info.start)
+
+
 def _values(data: mmap.mmap, info: TensorInfo) -> Array:
     """The tensor's values: float32, float16, or bfloat16 bits as uint16; quantised ones as float32."""
     if info.type not in SUPPORTED_TYPES:
         names = ", ".join(sorted(t.name for t in SUPPORTED_TYPES))
         raise GgufError(f"tensors of type {info.type.name} are not supported; {names} are")
-    raw = np.frombuffer(data, dtype=np.uint8, count=info.num_bytes, offset=info.start)
+    raw = _raw(data, info)
     plain = {Quant.F32: "<f4", Quant.F16: "<f2", Quant.BF16: "<u2"}.get(info.type)
     if plain is not None:
         return raw.view(plain).reshape(info.shape)

@@ -19,6 +19,7 @@ from xllm.artifacts.gguf_file import GgufModel
 from xllm.artifacts.hf_arch import arch_from_config
 from xllm.artifacts.safetensors_file import SafetensorsFile
 from xllm.artifacts.source import Array, FloatArray, TensorSource, sampling_defaults
+from xllm.codes import GroupCodes
 from xllm.errors import ConfigError
 
 MAX_JSON_BYTES = 128 * 1024 * 1024
@@ -117,6 +118,9 @@ class HfTensors:
         if dtype == "bfloat16":
             return (values.astype(np.uint32) << 16).view(np.float32)
         return np.ascontiguousarray(values, dtype=np.float32)
+
+    def load_codes(self, name: str) -> GroupCodes | None:
+        return None
 
     def load_raw(self, name: str) -> tuple[str, Array]:
         file, stored = self._find(name)

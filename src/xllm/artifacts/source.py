@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from xllm.arch import ArchConfig
 from xllm.artifacts.shapes import parameter_shapes
+from xllm.codes import GroupCodes
 from xllm.errors import ConfigError
 
 Array = npt.NDArray[np.generic]
@@ -42,6 +43,9 @@ class TensorSource(Protocol):
 
         Block-quantised tensors come dequantised as float32.
         """
+
+    def load_codes(self, name: str) -> GroupCodes | None:
+        """A matrix stored as codes in groups of 32, exactly as stored; None for any other tensor."""
 
 
 class ModelSource(Protocol):
@@ -99,6 +103,9 @@ class DummySource:
         if name.endswith("norm.weight") and self.config.name != "gemma3":
             values += np.float32(1.0)
         return values
+
+    def load_codes(self, name: str) -> GroupCodes | None:
+        return None
 
     def load_raw(self, name: str) -> tuple[str, Array]:
         return "float32", self.load_f32(name)

@@ -16,6 +16,7 @@ from typing import Any, NewType, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from xllm.codes import GroupCodes
 from xllm.types import KVGroup
 
 Buffer = NewType("Buffer", object)
@@ -162,6 +163,13 @@ class Backend(Ops, Protocol):
 
     def tied_matrix(self, table: Buffer) -> Buffer:
         """The table as the matrix of a linear; the table itself if one layout serves both."""
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether matrices and tables that are stored as codes come as `matrix_of_codes`."""
+
+    def matrix_of_codes(self, codes: GroupCodes) -> Buffer:
+        """A matrix or table kept as codes. Only called if `keeps_codes`."""
 
     def vector(self, values: F32) -> Buffer:
         """A norm weight, bias or rope table: stays float32."""

@@ -6,9 +6,10 @@ from xllm.arch import ArchConfig
 from xllm.types import KVGroup, KVLayout
 
 ORDER = "page,kv,layer,head,token,dim"
+"""How the reference keeps a page; a backend with another order names it, as pages may cross instances."""
 
 
-def kv_layout(arch: ArchConfig, dtype: str) -> KVLayout:
+def kv_layout(arch: ArchConfig, dtype: str, order: str = ORDER) -> KVLayout:
     """One group per distinct window, in order of first appearance. A window as long as the context
     is still a window: it frees nothing, but the layers keep their group."""
     groups = []
@@ -23,7 +24,7 @@ def kv_layout(arch: ArchConfig, dtype: str) -> KVLayout:
                 window=window,
             )
         )
-    return KVLayout(groups=tuple(groups), dtype=dtype, order=ORDER)
+    return KVLayout(groups=tuple(groups), dtype=dtype, order=order)
 
 
 def layer_places(layout: KVLayout) -> tuple[tuple[int, int], ...]:

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from xllm.arch import ArchConfig
+from xllm.codes import GroupCodes, stack
 from xllm.engine.kernels.ops import F32, Backend, Buffer, RopeTable
 from xllm.engine.model.definition import LoadedWeights, ModelDefinition, Param
 from xllm.errors import ConfigError
@@ -31,6 +32,8 @@ class Tensors(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def load_f32(self, name: str) -> F32: ...
+
+    def load_codes(self, name: str) -> GroupCodes | None: ...
 
 
 def load_weights(
@@ -67,6 +70,11 @@ def weight_bytes(params: Sequence[Param], dtype_bytes: int) -> int:
 
 
 def _load(param: Param, source: Tensors, backend: Backend) -> Buffer:
+    if param.kind != "vector" and backend.keeps_codes:
+        stored = [source.load_codes(name) for name in param.sources]
+        codes = [part for part in stored if part is not None]
+        if len(codes) == len(stored):
+            return backend.matrix_of_codes(stack(codes))
     parts = [source.load_f32(name) for name in param.sources]
     values = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if param.pad_rows and len(values) % _PAD:

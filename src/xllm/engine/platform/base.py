@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xllm.arch import ArchConfig
+from xllm.codes import GroupCodes
 from xllm.config.schema import EngineConfig
 from xllm.engine.plan import StepPlan, StepResult
 from xllm.engine.sampling import Sampler
@@ -28,6 +29,8 @@ class TensorSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def load_f32(self, name: str) -> npt.NDArray[np.float32]: ...
+
+    def load_codes(self, name: str) -> GroupCodes | None: ...
 
 
 class Runner(Protocol):

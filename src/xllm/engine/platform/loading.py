@@ -7,7 +7,7 @@ from collections.abc import Callable
 from xllm.arch import ArchConfig
 from xllm.config.schema import EngineConfig
 from xllm.engine.kernels.ops import Backend
-from xllm.engine.model.layout import kv_layout
+from xllm.engine.model.layout import ORDER, kv_layout
 from xllm.engine.model.registry import find_model
 from xllm.engine.model.weights import load_weights, weight_bytes
 from xllm.engine.platform.base import BuiltRunner, TensorSource
@@ -31,8 +31,10 @@ def load_runner(
     free_bytes: Callable[[], int],
     numerics: tuple[str, ...],
     report: tuple[str, ...],
+    kv_order: str = ORDER,
 ) -> BuiltRunner:
-    """`free_bytes` is asked before and after loading. `numerics` and `report` are the platform's own."""
+    """`free_bytes` is asked before and after loading. `numerics` and `report` are the platform's own,
+    `kv_order` is how its backend keeps a page."""
     model = find_model(arch.name)
     needed, free = weight_bytes(model.parameters(arch), DTYPE_BYTES[dtype]), free_bytes()
     if needed > free:
@@ -45,7 +47,7 @@ def load_runner(
     # One layer has every shape of the others; vectors are not multiplied.
     shapes = [weights.layers[0][key] for key in ("qkv", "o", "gate_up", "down") if key in weights.layers[0]]
     ops.probe([*shapes, weights.top["head"]])
-    layout = kv_layout(arch, dtype)
+    layout = kv_layout(arch, dtype, kv_order)
     num_pages, why_pages = choose_num_pages(layout, config, max_model_len, free_bytes())
     runner = ModelRunner(model, arch, weights, ops, layout, num_pages, sampler, numerics)
     exact = "measured: rows do not depend on their company"
@@ -61,6 +63,12 @@ def load_runner(
             why_pages,
         ),
     )
+
+
+def no_quantize(config: EngineConfig) -> tuple[str, ...]:
+    """Why a platform that computes on dequantised weights cannot serve `quantize`; empty = it can."""
+    asked = config.model.quantize
+    return () if asked in ("auto", "none") else (f"quantize={asked} needs the native platform",)
 
 
 def resolve_dtype(asked: str, automatic: str, why: str) -> tuple[str, str]:

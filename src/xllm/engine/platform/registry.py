@@ -19,6 +19,7 @@ GROUP = "xllm.platforms"
 BUILT_IN = {
     "cuda": "xllm.engine.platform.cuda:PLATFORM",
     "cpu": "xllm.engine.platform.cpu:PLATFORM",
+    "native": "xllm.engine.platform.native:PLATFORM",
     "null": "xllm.engine.platform.null:PLATFORM",
 }
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
+from xllm.codes import GroupCodes
 from xllm.engine.kernels.ops import F32, I64, Buffer, KVSpan, RopeTable
 from xllm.engine.kernels.reference.attention import AttentionPlan, attend, make_plan
 from xllm.engine.kernels.reference.exactness import CANDIDATES, exact_row_multiple
@@ -82,6 +83,13 @@ class TorchOps:
 
     def tied_matrix(self, table: Buffer) -> Buffer:
         return _b(pack(_t(table)) if self._packs else _t(table))
+
+    @property
+    def keeps_codes(self) -> bool:
+        return False
+
+    def matrix_of_codes(self, codes: GroupCodes) -> Buffer:
+        raise NotImplementedError("the reference computes on dequantised weights")
 
     def vector(self, values: F32) -> Buffer:
         return _b(torch.from_numpy(np.array(values, dtype=np.float32)).to(self._device))

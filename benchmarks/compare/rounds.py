@@ -1,0 +1,142 @@
+"""Runs the entries against each other: all started once, then round by round, in turn.
+
+A turn is one load on one entry. The order rotates from round to round, so that a machine that grows
+slower hurts all alike. What an idle engine burns during the others' turns is measured and told.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compare.adapters import ADAPTERS, Context, Missing
+from benchmarks.compare.engine import Engine, start
+from benchmarks.compare.load import Load
+from benchmarks.compare.machine import CpuTimes
+from benchmarks.compare.process import EngineFailed
+from benchmarks.compare.settings import Entry
+from xllm.cli.bench.metrics import summarise
+
+Say = Callable[[str], None]
+
+
+@dataclass(slots=True, kw_only=True)
+class Result:
+    """One entry. `turns[load]` has one summary per round, in order; `problem` says why there are none."""
+
+    entry: Entry
+    about: dict[str, str] = field(default_factory=dict)
+    start_s: float = 0.0
+    memory_bytes: int = 0
+    problem: str = ""
+    turns: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Running:
+    result: Result
+    engine: Engine
+
+
+def compare(
+    entries: Sequence[Entry],
+    loads: Sequence[Load],
+    context: Context,
+    *,
+    num_rounds: int,
+    until_s: float,
+    ready_timeout_s: float,
+    logs: Path,
+    say: Say,
+) -> tuple[list[Result], int]:
+    """Results in the order of `entries`, and how many whole rounds there were.
+
+    No round is begun that, as long as the last one, would end after `until_s` on the monotonic clock.
+    """
+    results = [Result(entry=entry) for entry in entries]
+    with ExitStack() as stack:
+        running = [
+            r for result in results if (r := _start(result, context, ready_timeout_s, logs, stack, say))
+        ]
+        _warm_up(running, loads, say)
+        done, longest_s = 0, 0.0
+        while done < num_rounds and (done == 0 or time.monotonic() + longest_s < until_s):
+            began = time.monotonic()
+            for load in loads:
+                shift = done % max(1, len(running))
+                for one in running[shift:] + running[:shift]:
+                    _turn(one, running, load, done, say)
+            done += 1
+            longest_s = max(longest_s, time.monotonic() - began)
+        for one in running:
+            one.result.memory_bytes = one.engine.tree.memory_bytes()
+    return results, done
+
+
+def _start(
+    result: Result, context: Context, timeout_s: float, logs: Path, stack: ExitStack, say: Say
+) -> _Running | None:
+    entry = result.entry
+    try:
+        launch = ADAPTERS[entry.engine](entry, context)
+        result.about = dict(launch.about)
+        began = time.monotonic()
+        engine = start(launch, logs / f"{entry.name.replace(' ', '-')}.log")
+        stack.callback(engine.tree.stop)
+        engine.wait_ready(timeout_s)
+    except (Missing, EngineFailed) as error:
+        result.problem = str(error)
+        say(f"{entry.name}: {result.problem}")
+        return None
+    result.start_s = time.monotonic() - began
+    say(f"{entry.name}: ready after {result.start_s:.1f} s")
+    return _Running(result, engine)
+
+
+def _warm_up(running: Sequence[_Running], loads: Sequence[Load], say: Say) -> None:
+    for one in running:
+        for load in loads:
+            asks, at_s = load.warm_up()
+            _guarded(one, lambda: one.engine.measure(asks, at_s, load.concurrency), say)  # noqa: B023
+
+
+def _turn(one: _Running, running: Sequence[_Running], load: Load, number: int, say: Say) -> None:
+    if one.result.problem:
+        return
+    asks, at_s = load.round(number)
+    cpu, used_s = CpuTimes.now(), [other.engine.tree.cpu_s() for other in running]
+    began = time.monotonic()
+    outcomes = _guarded(one, lambda: one.engine.measure(asks, at_s, load.concurrency), say)
+    if outcomes is None:
+        return
+    wall_s = time.monotonic() - began
+    spent_s = [other.engine.tree.cpu_s() - before for other, before in zip(running, used_s, strict=True)]
+    own_s = sum(s for other, s in zip(running, spent_s, strict=True) if other is one)
+    summary = summarise(outcomes, {}) | {
+        "round": number,
+        "errors": sorted({outcome.error for outcome in outcomes if outcome.error}),
+        "cpu_cores": own_s / wall_s,
+        "idle_engines_cores": (sum(spent_s) - own_s) / wall_s,
+        "strangers_cores": CpuTimes.now().strangers_s(cpu, sum(spent_s)) / wall_s,
+    }
+    one.result.turns.setdefault(load.name, []).append(summary)
+    say(
+        f"round {number + 1}, {load.name}, {one.result.entry.name}: "
+        f"{summary['output_throughput']:.1f} output tokens/s, {summary['failed']} failed"
+    )
+
+
+def _guarded(one: _Running, action: Callable[[], Any], say: Say) -> Any:
+    """The action's result; None, and the entry out of the comparison, when its engine has gone."""
+    if one.result.problem:
+        return None
+    try:
+        return action()
+    except EngineFailed as error:
+        one.result.problem = f"ended while measured: {error}"
+        say(f"{one.result.entry.name}: {one.result.problem}")
+        return None

@@ -1,0 +1,99 @@
+// Pieces the tile files share: compile-time loops, partial loads and stores, portable 16-wide lanes.
+#ifndef XLLM_TILE_H
+#define XLLM_TILE_H
+
+#include <type_traits>
+#include <utility>
+
+#include "xllm/gemm.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define XN_INLINE __attribute__((always_inline)) inline
+#define XN_LAMBDA __attribute__((always_inline))
+
+namespace xn {
+
+template <int... I>
+using Ints = std::integer_sequence<int, I...>;
+template <int N>
+using Count = std::make_integer_sequence<int, N>;
+
+template <class Body, int... I>
+XN_INLINE void for_each_of(Body&& body, Ints<I...>) {
+    (body(std::integral_constant<int, I>{}), ...);
+}
+
+// body(0) … body(N − 1) with constant arguments: arrays indexed by them stay in registers.
+template <int N, class Body>
+XN_INLINE void for_each(Body&& body) {
+    for_each_of(body, Count<N>{});
+}
+
+// Makes gcc forget how the pointer was computed: it would rather keep every offset from a common base on
+// the stack than one more pointer in a register.
+XN_INLINE void keep_apart(const uint8_t*& pointer) { asm volatile("" : "+r"(pointer)); }
+
+#if defined(__AVX512F__)
+
+// Elements [16 · part, 16 · part + 16) of x, of which `count` exist in all; zeros beyond.
+XN_INLINE __m512 load_part(const float* x, int64_t count, int part) {
+    const int64_t here = count - 16 * part;
+    if (here >= 16) return _mm512_loadu_ps(x + 16 * part);
+    if (here <= 0) return _mm512_setzero_ps();
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << here) - 1), x + 16 * part);
+}
+
+template <int NR>
+XN_INLINE void store_row(const Tile& tile, int m, const __m512* acc) {
+    float* y = tile.y + m * tile.ldy;
+    for_each<NR>([&](auto n) XN_LAMBDA {
+        const int64_t here = tile.columns - 16 * n;
+        const auto mask = static_cast<__mmask16>(here >= 16 ? 0xffffu : (1u << here) - 1);
+        __m512 v = acc[n];
+        if (tile.bias != nullptr) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, tile.bias + 16 * n));
+        _mm512_mask_storeu_ps(y + 16 * n, mask, v);
+    });
+}
+
+#endif
+
+// What plain C++ computes with; gcc lowers these to whatever vectors the target has.
+typedef float Lanes __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef int32_t Integers __attribute__((vector_size(64)));
+
+XN_INLINE Lanes as_lanes(Words bits) {
+    Lanes out;
+    memcpy(&out, &bits, 64);
+    return out;
+}
+
+// a · b + c: fused where the target has it, else two roundings; never left to the optimiser's choice.
+XN_INLINE Lanes multiply_add(const Lanes& a, float b, const Lanes& c) {
+#if defined(__FMA__)
+    Lanes out;
+    for (int half = 0; half < 2; ++half) {
+        __m256 p, q;
+        memcpy(&p, reinterpret_cast<const char*>(&a) + 32 * half, 32);
+        memcpy(&q, reinterpret_cast<const char*>(&c) + 32 * half, 32);
+        const __m256 r = _mm256_fmadd_ps(p, _mm256_set1_ps(b), q);
+        memcpy(reinterpret_cast<char*>(&out) + 32 * half, &r, 32);
+    }
+    return out;
+#else
+    return a * b + c;  // built with -ffp-contract=off
+#endif
+}
+
+XN_INLINE void store_panel(const Tile& tile, int m, int n, const Lanes& acc) {
+    float* y = tile.y + m * tile.ldy + 16 * n;
+    for (int64_t i = 0; i < 16 && 16 * n + i < tile.columns; ++i)
+        y[i] = tile.bias == nullptr ? acc[i] : acc[i] + tile.bias[16 * n + i];
+}
+
+}  // namespace xn
+
+#endif  // XLLM_TILE_H

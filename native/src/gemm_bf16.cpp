@@ -1,0 +1,122 @@
+// bf16 tiles: rows × 16-channel panels, float32 accumulators, two inputs per step.
+//
+// The AVX-512 inner step is volatile asm: left to itself gcc 12 loads a tile's activations first and then
+// spills accumulators. Rows are addressed from every third one (b, b + s, b + 2s) to stay within 16 registers.
+#include "xllm/tile.h"
+
+namespace xn {
+namespace {
+
+#if defined(__AVX512BF16__)
+
+// One activation pair of a row against NR panels; Third = row number modulo 3, Offset in bytes.
+template <int Third, int Offset, int NR>
+XN_INLINE void multiply(const uint8_t* base, int64_t stride, const __m512i* w, __m512* acc) {
+    __m512i t;
+    if constexpr (Third == 0)
+        asm volatile("vpbroadcastd %c[o](%[b]), %[t]" : [t] "=v"(t) : [b] "r"(base), [o] "i"(Offset));
+    else if constexpr (Third == 1)
+        asm volatile("vpbroadcastd %c[o](%[b],%[s]), %[t]"
+                     : [t] "=v"(t) : [b] "r"(base), [s] "r"(stride), [o] "i"(Offset));
+    else
+        asm volatile("vpbroadcastd %c[o](%[b],%[s],2), %[t]"
+                     : [t] "=v"(t) : [b] "r"(base), [s] "r"(stride), [o] "i"(Offset));
+    for_each<NR>([&](auto n) XN_LAMBDA {
+        asm volatile("vdpbf16ps %[t], %[w], %[a]" : [a] "+v"(acc[n]) : [t] "v"(t), [w] "v"(w[n]));
+    });
+}
+
+template <int MR, int NR>
+void tile(const Tile& tile) {
+    constexpr int kBases = (MR + 2) / 3;
+    constexpr int kUnroll = 4;  // steps of two inputs; K is a multiple of 32
+    const int64_t stride = tile.x_stride, panel_bytes = tile.matrix->panel_bytes, ahead = tile.prefetch;
+    __m512 acc[MR][NR];
+    for_each<MR>([&](auto m) XN_LAMBDA {
+        for_each<NR>([&](auto n) XN_LAMBDA { acc[m][n] = _mm512_setzero_ps(); });
+    });
+    const uint8_t* b[kBases];
+    for_each<kBases>([&](auto i) XN_LAMBDA { b[i] = tile.x + 3 * i * stride; });
+    const uint8_t* w = tile.w;
+    for (int64_t k = tile.matrix->padded_in / (2 * kUnroll); k > 0; --k) {
+        for_each<kUnroll>([&](auto u) XN_LAMBDA {
+            __m512i lanes[NR];
+            for_each<NR>([&](auto n) XN_LAMBDA {
+                const uint8_t* at = w + n * panel_bytes + 64 * u;
+                lanes[n] = _mm512_load_si512(at);
+                _mm_prefetch(reinterpret_cast<const char*>(at + ahead), _MM_HINT_T1);
+            });
+            for_each<MR>([&](auto m) XN_LAMBDA {
+                multiply<m % 3, 4 * u, NR>(b[m / 3], stride, lanes, acc[m]);
+            });
+        });
+        w += 64 * kUnroll;
+        for_each<kBases>([&](auto i) XN_LAMBDA { b[i] += 4 * kUnroll; });
+    }
+    for_each<MR>([&](auto m) XN_LAMBDA { store_row<NR>(tile, m, acc[m]); });
+}
+
+#else
+
+template <int MR, int NR>
+void tile(const Tile& tile) {
+    const xn_matrix& matrix = *tile.matrix;
+    for (int n = 0; n < NR; ++n) {
+        Lanes acc[MR] = {};
+        const uint8_t* w = tile.w + n * matrix.panel_bytes;
+        for (int64_t k = 0; k < matrix.padded_in / 2; ++k, w += 64) {
+            Words pairs;
+            memcpy(&pairs, w, 64);
+            const Lanes even = as_lanes(pairs << 16), odd = as_lanes(pairs & 0xffff0000u);
+            for (int m = 0; m < MR; ++m) {
+                uint32_t x;
+                memcpy(&x, tile.x + m * tile.x_stride + 4 * k, 4);
+                acc[m] = multiply_add(even, bf16_value(static_cast<uint16_t>(x)), acc[m]);
+                acc[m] = multiply_add(odd, bf16_value(static_cast<uint16_t>(x >> 16)), acc[m]);
+            }
+        }
+        for (int m = 0; m < MR; ++m) store_panel(tile, m, n, acc[m]);
+    }
+}
+
+#endif
+
+template <int NR, int... Rows>
+TileFn pick(int rows, Ints<Rows...>) {
+    static constexpr TileFn table[] = {tile<Rows + 1, NR>...};
+    return table[rows - 1];
+}
+
+}  // namespace
+
+TileFn bf16_tile(int rows, int panels) {
+    switch (panels) {
+        case 1: return pick<1>(rows, Count<max_bf16_rows(1)>{});
+        case 2: return pick<2>(rows, Count<max_bf16_rows(2)>{});
+        case 3: return pick<3>(rows, Count<max_bf16_rows(3)>{});
+        default: return pick<4>(rows, Count<max_bf16_rows(4)>{});
+    }
+}
+
+void to_bf16_row(const float* x, int64_t num_in, int64_t padded_in, uint8_t* row) {
+    int64_t k = 0;
+#if defined(__AVX512BF16__)
+    for (; k + 32 <= num_in; k += 32) {
+        const __m512bh v = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + k + 16), _mm512_loadu_ps(x + k));
+        memcpy(row + 2 * k, &v, 64);
+    }
+    if (k < num_in) {
+        const int64_t rest = num_in - k;
+        const __m512bh v = _mm512_cvtne2ps_pbh(load_part(x + k, rest, 1), load_part(x + k, rest, 0));
+        memcpy(row + 2 * k, &v, 64);
+    }
+#else
+    for (; k < padded_in; ++k) {
+        const uint16_t bits = k < num_in ? bf16_bits(x[k]) : 0;
+        memcpy(row + 2 * k, &bits, 2);
+    }
+#endif
+    (void)padded_in;
+}
+
+}  // namespace xn

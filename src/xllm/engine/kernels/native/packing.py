@@ -1,0 +1,54 @@
+"""Packs weights for the native kernels: float32 rows into a class, or the codes of a file as they are."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from typing import Literal
+
+import numpy as np
+
+from xllm.codes import GROUP_SIZE, GroupCodes
+from xllm.engine.kernels.native.handles import Matrix
+from xllm.engine.kernels.native.library import CLASS_NAMES, check
+from xllm.engine.kernels.ops import F32
+
+WeightClass = Literal["bf16", "w8g32", "w4g32"]
+
+_PACKERS = {"bf16": "xn_pack_bf16", "w8g32": "xn_quantize_w8g32", "w4g32": "xn_quantize_w4g32"}
+
+
+class Packer:
+    """`num_bytes` counts what was packed by class."""
+
+    def __init__(self, library: ctypes.CDLL, pool: int | None) -> None:
+        self._lib = library
+        self._pool = pool
+        self.num_bytes: Counter[str] = Counter()
+
+    def values(self, values: F32, weight_class: WeightClass) -> Matrix:
+        """(out, in) in the class; widths that are no multiple of a group stay bf16."""
+        values = np.ascontiguousarray(values, dtype=np.float32)
+        num_out, num_in = values.shape
+        pack = getattr(self._lib, _PACKERS["bf16" if num_in % GROUP_SIZE else weight_class])
+        made = ctypes.c_void_p()
+        check(pack(self._pool, values.ctypes.data, num_out, num_in, ctypes.addressof(made)))
+        return self._counted(made)
+
+    def codes(self, codes: GroupCodes) -> Matrix:
+        """The same codes, scales and mins in the order the kernels read them."""
+        own = np.ascontiguousarray(codes.codes)
+        scales = np.ascontiguousarray(codes.scales, dtype=np.float32)
+        mins = None if codes.mins is None else np.ascontiguousarray(codes.mins, dtype=np.float32)
+        min_ptr = None if mins is None else mins.ctypes.data
+        pack = self._lib.xn_pack_w4g32 if codes.bits == 4 else self._lib.xn_pack_w8g32
+        made = ctypes.c_void_p()
+        made_ptr = ctypes.addressof(made)
+        check(pack(self._pool, own.ctypes.data, scales.ctypes.data, min_ptr, *own.shape, made_ptr))
+        return self._counted(made)
+
+    def _counted(self, made: ctypes.c_void_p) -> Matrix:
+        matrix = Matrix(self._lib, made.value or 0)
+        name = CLASS_NAMES[self._lib.xn_matrix_class(matrix.ptr)]
+        self.num_bytes[name] += self._lib.xn_matrix_bytes(matrix.ptr)
+        return matrix
