@@ -23,6 +23,10 @@ from xllm.cli.bench.metrics import summarise
 
 Say = Callable[[str], None]
 
+MAX_SETTLE_S = 5.0
+MAX_IDLE_CORES = 0.1
+_SETTLE_STEP_S = 0.25
+
 
 @dataclass(slots=True, kw_only=True)
 class Result:
@@ -104,10 +108,21 @@ def _warm_up(running: Sequence[_Running], loads: Sequence[Load], say: Say) -> No
             _guarded(one, lambda: one.engine.measure(asks, at_s, load.concurrency), say)  # noqa: B023
 
 
+def _settle(running: Sequence[_Running]) -> None:
+    """Wait until all engines rest: some keep a core busy for a second after their last answer."""
+    deadline = time.monotonic() + MAX_SETTLE_S
+    while time.monotonic() < deadline:
+        before = sum(one.engine.tree.cpu_s() for one in running)
+        time.sleep(_SETTLE_STEP_S)
+        if sum(one.engine.tree.cpu_s() for one in running) - before < MAX_IDLE_CORES * _SETTLE_STEP_S:
+            return
+
+
 def _turn(one: _Running, running: Sequence[_Running], load: Load, number: int, say: Say) -> None:
     if one.result.problem:
         return
     asks, at_s = load.round(number)
+    _settle(running)
     cpu, used_s = CpuTimes.now(), [other.engine.tree.cpu_s() for other in running]
     began = time.monotonic()
     outcomes = _guarded(one, lambda: one.engine.measure(asks, at_s, load.concurrency), say)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks.compare.adapters.context import Context, fill, installed, output_of
 from benchmarks.compare.engine import Launch
+from benchmarks.compare.machine import usable_cores
 from benchmarks.compare.settings import Entry
 
 _TCMALLOC_PLACES = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib")
@@ -19,6 +20,9 @@ def launch(entry: Entry, context: Context) -> Launch:
     words = context.words(port, weights)
     preload = _preload(python.parent.parent)
     env = dict(zip(entry.env, fill(tuple(entry.env.values()), words), strict=True))
+    if context.num_threads < usable_cores():
+        # "auto" takes all cores; --threads is a limit for every engine.
+        env["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{context.num_threads - 1}"
     # What `vllm serve` runs. That command itself asks for the metadata of a package called vllm, which
     # the CPU build is not.
     command = (str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights))
