@@ -10,35 +10,43 @@ PEERS  ?= .peers
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.xllm-setup
+TEST_STAMP := $(VENV)/.xllm-test-setup
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernels model serve test lint null reference native integration robustness bench-ttft bench-serve bench-client bench-peers bench-compare bench-perplexity freeze clean
+.PHONY: help setup test-setup kernels model serve test lint null reference native integration robustness bench-ttft bench-serve bench-client bench-peers bench-compare bench-perplexity freeze clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-setup: $(STAMP)  ## .venv with xLLM (editable), the test tools and the CPU build of torch
+setup: $(STAMP)  ## .venv with the xllm command (editable) and the native kernels; no torch
 
-# The stamp makes a second `make setup` free; a change of the dependency lists makes it run again.
-$(STAMP): pyproject.toml constraints.txt tools/install_torch.py
+# The stamps make a second run free; a change of the dependency lists makes them run again.
+$(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "xLLM needs Python >= 3.11, and %s is %d.%d; set PYTHON=/path/to/python3" % (sys.executable, v[0], v[1]))'
 	@echo "== setup: virtual environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "venv is missing: install your system's python3-venv package"; exit 1; }
-	@echo "== setup: torch, CPU build"
-	@$(BIN)/python tools/install_torch.py
-	@echo "== setup: xLLM (editable) and the test tools, versions from constraints.txt"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@echo "== setup: xLLM (editable), versions from constraints.txt"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	@echo "== setup: native kernels"
 	@$(BIN)/python -m xllm.engine.kernels.native.build
 	@touch $(STAMP)
 	@echo "== setup: done; $(BIN)/xllm is the command"
 
+test-setup: $(TEST_STAMP)  ## setup, then the test tools and the CPU build of torch
+
+$(TEST_STAMP): $(STAMP) tools/install_torch.py
+	@echo "== setup: torch, CPU build, for the reference platform"
+	@$(BIN)/python tools/install_torch.py
+	@echo "== setup: test tools, versions from constraints.txt"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $(TEST_STAMP)
+
 kernels: setup  ## build the native kernels again where their sources changed
 	@$(BIN)/python -m xllm.engine.kernels.native.build
 
-serve: setup  ## set up, fetch the default model and serve it on 127.0.0.1:8000
+serve: setup kernels  ## set up, fetch the default model and serve it on 127.0.0.1:8000
 	@$(BIN)/xllm pull $(MODEL)
 	@exec $(BIN)/xllm serve $(MODEL) --host $(HOST) --port $(PORT)
 
@@ -46,31 +54,31 @@ serve: setup  ## set up, fetch the default model and serve it on 127.0.0.1:8000
 model: setup  ## fetch the default model
 	@$(BIN)/xllm pull smollm2 || echo "== no model: the tests that need it are skipped"
 
-test: setup kernels model  ## lint, types, import contracts and every test that needs no GPU; prints seconds per stage
+test: test-setup kernels model  ## lint, types, import contracts and every test that needs no GPU; prints seconds per stage
 	@$(BIN)/python tools/stages.py
 
-lint: setup  ## ruff, mypy and the import contracts only
+lint: test-setup  ## ruff, mypy and the import contracts only
 	@$(BIN)/python tools/stages.py ruff mypy contracts
 
-null: setup  ## tests that need neither torch nor a model
+null: test-setup  ## tests that need neither torch nor a model
 	@$(BIN)/python tools/stages.py null
 
-native: setup kernels  ## tests of the native kernels
+native: test-setup kernels  ## tests of the native kernels
 	@$(BIN)/python tools/stages.py native
 
-reference: setup  ## tests on the torch reference platform
+reference: test-setup  ## tests on the torch reference platform
 	@$(BIN)/python tools/stages.py reference
 
-integration: setup model  ## tests with real processes and the real model
+integration: test-setup kernels model  ## tests with real processes and the real model
 	@$(BIN)/python tools/stages.py integration
 
-robustness: setup  ## hostile and fault tests that take minutes; not part of `make test`
+robustness: test-setup  ## hostile and fault tests that take minutes; not part of `make test`
 	@$(BIN)/python -m pytest tests/robustness -s --timeout=1200
 
 bench-ttft: setup  ## time to first token of the default model, served locally
 	@$(BIN)/python benchmarks/ttft.py --model $(MODEL)
 
-bench-serve: setup  ## `xllm bench serve` at several request rates against a local server
+bench-serve: setup kernels  ## `xllm bench serve` at several request rates against a local server
 	@$(BIN)/python benchmarks/serve_rates.py --model $(MODEL)
 
 bench-client: setup  ## how many tokens a second the load generator itself can take
@@ -78,16 +86,16 @@ bench-client: setup  ## how many tokens a second the load generator itself can t
 
 # PEERS: the folder of the peers' virtual environments, weights and logs; it may be shared by checkouts.
 # ARGS: of the command, e.g. make bench-compare ARGS="--quick" or ARGS="--rates 1 1.5 2 --concurrency".
-bench-peers: setup  ## vLLM, OpenVINO GenAI and llama.cpp, each into an environment of its own (minutes)
+bench-peers: test-setup  ## vLLM, OpenVINO GenAI and llama.cpp, each into an environment of its own (minutes)
 	@$(BIN)/python -m benchmarks.compare.install --peers-dir $(PEERS)
 
-bench-compare: setup model  ## xLLM and its peers, same weights, interleaved; the table goes to benchmarks/results
+bench-compare: test-setup model  ## xLLM and its peers, same weights, interleaved; the table goes to benchmarks/results
 	@$(BIN)/python -m benchmarks.compare --model $(MODEL) --peers-dir $(PEERS) $(ARGS)
 
-bench-perplexity: setup model  ## what each encoding of the weights costs in perplexity
+bench-perplexity: test-setup model  ## what each encoding of the weights costs in perplexity
 	@$(BIN)/python -m benchmarks.compare.perplexity --model $(MODEL) --weights-dir $(PEERS)/weights $(ARGS)
 
-freeze: setup  ## rewrite constraints.txt from what is installed in .venv
+freeze: test-setup  ## rewrite constraints.txt from what is installed in .venv
 	@$(BIN)/python tools/freeze.py
 
 clean:  ## remove .venv and caches

@@ -22,9 +22,9 @@ REFUSAL = f"""
 xllm: no CPU build of torch {TORCH_VERSION} was found where pip looks, and the default build for Linux
 brings several gigabytes of CUDA libraries, so nothing was installed. Choose one:
   * name an index with CPU builds (pytorch.org, "Get started", compute platform CPU, shows its address):
-        TORCH_INDEX=<address> make setup
+        TORCH_INDEX=<address> make test-setup
   * take the large default build (for a machine with an NVIDIA GPU):
-        TORCH_BUILD=default make setup
+        TORCH_BUILD=default make test-setup
   * or install torch {TORCH_VERSION} into .venv yourself and run make again.
 """
 

@@ -1,4 +1,4 @@
-"""One real server for the stage: SmolLM2 on the reference platform, front and engine as processes."""
+"""Real servers for the stage: SmolLM2, front and engine as processes, one per platform."""
 
 from __future__ import annotations
 
@@ -7,28 +7,37 @@ from collections.abc import Iterator
 import openai
 import pytest
 
+from xllm.engine.kernels.native.library import find
 from xllm.testing.server_process import ServerProcess, serve
 
-CONTEXT = 2048
+COMMON = ("--max-model-len", "2048", "--num-pages", "400", "--max-num-seqs", "16")
 
 
 @pytest.fixture(scope="session")
-def server(smollm2: str) -> Iterator[ServerProcess]:
-    with serve(
-        smollm2,
-        "--dtype",
-        "float32",
-        "--max-model-len",
-        str(CONTEXT),
-        "--num-pages",
-        "400",
-        "--max-num-seqs",
-        "16",
-    ) as process:
+def reference_server(smollm2: str) -> Iterator[ServerProcess]:
+    """float32 on the reference platform: what can be compared with transformers."""
+    with serve(smollm2, "--platform", "cpu", "--dtype", "float32", *COMMON) as process:
         yield process
 
 
 @pytest.fixture(scope="session")
+def native_server(smollm2: str) -> Iterator[ServerProcess]:
+    """What a user gets who asks for nothing."""
+    path, why = find()
+    if path is None:
+        pytest.skip(f"no native kernels: {why}")
+    with serve(smollm2, *COMMON) as process:
+        assert any("platform=native" in line for line in process.lines)
+        yield process
+
+
+@pytest.fixture(scope="session", params=["reference", "native"])
+def server(request: pytest.FixtureRequest) -> ServerProcess:
+    found: ServerProcess = request.getfixturevalue(f"{request.param}_server")
+    return found
+
+
+@pytest.fixture
 def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(
         base_url=f"{server.base_url}/v1", api_key="unused", max_retries=0, timeout=120

@@ -77,14 +77,14 @@ def evaluate(task_manager: TaskManager, **model) -> tuple[float, list[tuple[floa
 
 @pytest.mark.slow
 def test_the_score_equals_transformers(
-    server: ServerProcess, hf_dir: Path, task_manager: TaskManager
+    reference_server: ServerProcess, hf_dir: Path, task_manager: TaskManager
 ) -> None:
     ours, our_scores = evaluate(
         task_manager,
         model="local-completions",
         model_args={
             "model": "smollm2",
-            "base_url": f"{server.base_url}/v1/completions",
+            "base_url": f"{reference_server.base_url}/v1/completions",
             "tokenizer": str(hf_dir),
             "num_concurrent": 4,
             "max_retries": 1,

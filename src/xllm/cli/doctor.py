@@ -86,7 +86,9 @@ def packages() -> Iterator[str]:
             yield f"{name} {importlib.metadata.version(name)}"
         except importlib.metadata.PackageNotFoundError:
             remedy = (
-                "make setup, or python tools/install_torch.py" if name == "torch" else f"pip install {name}"
+                "make test-setup, or python tools/install_torch.py"
+                if name == "torch"
+                else f"pip install {name}"
             )
             yield f"{name} is missing: {remedy}"
 

@@ -47,5 +47,5 @@ def test_without_torch_the_reason_says_how_to_get_it(monkeypatch: pytest.MonkeyP
         monkeypatch.delitem(sys.modules, f"xllm.engine.platform.{name}", raising=False)
     for loaded in [m for m in sys.modules if m.startswith("xllm.engine.kernels.reference")]:
         monkeypatch.delitem(sys.modules, loaded)
-    with pytest.raises(ConfigError, match=r"torch is not installed; `make setup` brings it"):
+    with pytest.raises(ConfigError, match=r"torch is not installed; `make test-setup` brings it"):
         select_platform(config("auto"), ARCH)

@@ -23,12 +23,12 @@ BUILT_IN = {
     "null": "xllm.engine.platform.null:PLATFORM",
 }
 
-_AUTO = ("cuda", "cpu")
+_AUTO = ("cuda", "native", "cpu")
 """Tried in this order; `null` computes nothing and is never chosen on its own."""
 
 
 # Not "pip install xllm[torch]": on Linux that takes the build with gigabytes of CUDA libraries.
-_TORCH_REMEDY = "`make setup` brings it, or install torch 2.13.0 (without a GPU its CPU build: 2.13.0+cpu)"
+_TORCH_REMEDY = "`make test-setup` brings it, or install torch 2.13.0 (without a GPU its build 2.13.0+cpu)"
 
 
 def platform_names() -> tuple[str, ...]:
