@@ -79,6 +79,9 @@ _XLLM = (
 _XLLM_LIBRARY = _XLLM[6:]
 """Without what only a server has."""
 
+_CODES = ("--quantize", "file")
+"""Compute on the file's codes, as the peers do."""
+
 _VLLM = (
     *("--host", "127.0.0.1", "--port", "{port}", "--served-model-name", "bench"),
     # The class that is compared; on CPUs with bf16 instructions also the documented default.
@@ -111,15 +114,15 @@ _LLAMA_CPP = (
 )
 
 ENTRIES: tuple[Entry, ...] = (
-    Entry(engine="xllm", weights="bf16", transport="http", flags=(*_XLLM, "--dtype", "bfloat16"), quick=True),
-    Entry(engine="xllm", weights="q8_0", transport="http", flags=_XLLM),
-    Entry(engine="xllm", weights="q4_1", transport="http", flags=_XLLM, quick=True),
+    Entry(engine="xllm", weights="bf16", transport="http", flags=(*_XLLM, "--quantize", "none"), quick=True),
+    Entry(engine="xllm", weights="q8_0", transport="http", flags=(*_XLLM, *_CODES)),
+    Entry(engine="xllm", weights="q4_1", transport="http", flags=(*_XLLM, *_CODES), quick=True),
     Entry(engine="vllm", weights="bf16", transport="http", flags=_VLLM, env=_VLLM_ENV, quick=True),
     Entry(engine="llama.cpp", weights="bf16", transport="http", flags=_LLAMA_CPP),
     Entry(engine="llama.cpp", weights="q8_0", transport="http", flags=_LLAMA_CPP),
     Entry(engine="llama.cpp", weights="q4_1", transport="http", flags=_LLAMA_CPP, quick=True),
-    Entry(engine="xllm", weights="q8_0", transport="in-process", flags=_XLLM_LIBRARY),
-    Entry(engine="xllm", weights="q4_1", transport="in-process", flags=_XLLM_LIBRARY, quick=True),
+    Entry(engine="xllm", weights="q8_0", transport="in-process", flags=(*_XLLM_LIBRARY, *_CODES)),
+    Entry(engine="xllm", weights="q4_1", transport="in-process", flags=(*_XLLM_LIBRARY, *_CODES), quick=True),
     Entry(engine="openvino", weights="q8_0", transport="in-process"),
     Entry(engine="openvino", weights="q4_1", transport="in-process", quick=True),
 )

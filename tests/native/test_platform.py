@@ -14,6 +14,7 @@ from xllm.artifacts.resolve import resolve
 from xllm.artifacts.source import DummySource
 from xllm.config.schema import CacheConfig, EngineConfig, ModelConfig, PlatformConfig
 from xllm.engine.kernels.native import isa
+from xllm.engine.platform import native
 from xllm.engine.platform.native import PLATFORM
 from xllm.engine.sampling import Sampler
 
@@ -47,7 +48,7 @@ def test_without_a_library_the_reason_says_how_to_build_one(
     assert "xllm.engine.kernels.native.build" in reason
 
 
-@pytest.mark.parametrize("quantize", ["auto", "none", "w8g32", "w4g32"])
+@pytest.mark.parametrize("quantize", ["none", "file", "w8g32", "w4g32"])
 def test_a_runner_reports_its_class_and_needs_no_torch(
     quantize: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,3 +93,13 @@ def test_smollm2_on_its_own_codes_is_near_its_dequantised_weights(smollm2: str) 
     cosine = (exact * found).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(found, axis=1)
     assert np.median(cosine) > 0.999
     assert (exact.argmax(1) == found.argmax(1)).mean() >= 0.85
+
+
+@pytest.mark.parametrize(("free_bytes", "chosen"), [(1 << 40, "none"), (1 << 10, "file")])
+def test_unasked_the_class_follows_the_memory(
+    free_bytes: int, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "available_bytes", lambda: free_bytes)
+    found, why = native._quantize(config(), ARCHS["llama"])
+    assert found == chosen
+    assert f"quantize={chosen}: " in why

@@ -34,8 +34,9 @@ def doctor(cache: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 def test_without_torch_the_reason_stands_beside_each_platform(tmp_path: Path) -> None:
     done = doctor(tmp_path)
-    assert done.returncode == 1, done.stderr
     lines = [line.strip() for line in done.stdout.splitlines()]
+    # The native kernels need no torch; whether they are built here is not this test's matter.
+    assert done.returncode == (0 if "native: can be used" in lines else 1), done.stderr
     assert any(line.startswith("cpu: no: torch is not installed") for line in lines)
     assert "null: can be used" in lines
 

@@ -9,6 +9,8 @@ from xllm.config.schema import EngineConfig
 from xllm.engine.kernels.native.library import find, open_library
 from xllm.engine.kernels.native.ops import HEAD_MULTIPLE, KV_ORDER, NativeOps
 from xllm.engine.kernels.native.packing import WeightClass
+from xllm.engine.model.registry import find_model
+from xllm.engine.model.weights import weight_bytes
 from xllm.engine.platform.base import BuiltRunner, Platform, TensorSource
 from xllm.engine.platform.host import available_bytes, num_cores
 from xllm.engine.platform.loading import load_runner, resolve_dtype
@@ -19,9 +21,12 @@ KERNELS_VERSION = "native-1"
 """Raised whenever a change of the kernels may change a bit of the logits."""
 
 _DTYPE = "bfloat16"
+_EASY_SHARE = 4
+"""Weights that take less than one such share of free memory are no burden."""
+
 _CLASSES: dict[str, tuple[WeightClass, WeightClass]] = {
-    "auto": ("bf16", "bf16"),
     "none": ("bf16", "bf16"),
+    "file": ("bf16", "bf16"),
     "w8g32": ("w8g32", "w8g32"),
     # Four bits cost the head most of what they cost in all; it is read once, the layers thirty times.
     "w4g32": ("w4g32", "w8g32"),
@@ -57,8 +62,8 @@ class NativePlatform:
         threads = config.platform.num_threads or num_cores()
         why_threads = "as asked" if config.platform.num_threads else "cores this process may use"
         dtype, why_dtype = resolve_dtype(config.model.dtype, _DTYPE, "what the native kernels compute in")
-        quantize = config.model.quantize
-        ops = NativeOps(open_library(path), threads, *_CLASSES[quantize], keeps_codes=quantize == "auto")
+        quantize, why_quantize = _quantize(config, arch)
+        ops = NativeOps(open_library(path), threads, *_CLASSES[quantize], keeps_codes=quantize == "file")
         built = load_runner(
             arch,
             tensors,
@@ -73,11 +78,23 @@ class NativePlatform:
             report=(
                 f"num_threads={threads}: {why_threads}",
                 why_dtype,
+                why_quantize,
                 f"kernels={isa}: the best path this CPU can run",
             ),
         )
         sizes = ", ".join(f"{size >> 20} MiB {name}" for name, size in sorted(ops.packed_bytes.items()))
         return replace(built, report=(*built.report, f"packed weights: {sizes} (quantize={quantize})"))
+
+
+def _quantize(config: EngineConfig, arch: ArchConfig) -> tuple[str, str]:
+    """(weight class, report line). Unasked, accuracy wins while bfloat16 weights are no burden."""
+    asked = config.model.quantize
+    if asked != "auto":
+        return asked, f"quantize={asked}: as asked"
+    needed, free = weight_bytes(find_model(arch.name).parameters(arch), 2), available_bytes()
+    if needed * _EASY_SHARE <= free:
+        return "none", f"quantize=none: bfloat16 weights take {needed >> 20} MiB, which is little here"
+    return "file", f"quantize=file: bfloat16 weights would take {needed >> 20} of {free >> 20} MiB"
 
 
 PLATFORM: Platform = NativePlatform()
