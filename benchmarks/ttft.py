@@ -1,6 +1,6 @@
 """Time to first token of a freshly started local server: start-up, first request, then warm requests.
 
-make bench-ttft
+make bench-ttft                        (settings from the environment, e.g. XLLM_PLATFORM=cpu)
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from xllm.cli.bench.online import first_model
 from xllm.cli.http_client import Server
 from xllm.cli.serving import SECTIONS
 from xllm.clock import SystemClock
+from xllm.config.env import variables
 from xllm.config.load import load
 
 INPUT_LENS = (8, 64, 256)
@@ -44,7 +45,9 @@ def main() -> None:
     args = parser.parse_args()
     clock = SystemClock()
     started_s = clock.monotonic_s()
-    loaded = load(*SECTIONS, keywords={"model": args.model, "port": 0, "log_level": "warning"})
+    loaded = load(
+        *SECTIONS, env=variables(), keywords={"model": args.model, "port": 0, "log_level": "warning"}
+    )
     rows: list[dict[str, Any]] = []
     with background_server(loaded, lambda line: print(line, file=sys.stderr)) as url:
         startup_s = clock.monotonic_s() - started_s
