@@ -117,7 +117,7 @@ def wait_idle(server: ServerProcess) -> None:
 @pytest.mark.timeout(900)
 def test_mixed_load_is_exact_and_leaves_nothing(smollm2: str) -> None:
     # Few pages, so that the load lives on preemption and eviction.
-    flags = ("--dtype", "float32", "--max-model-len", "1024", "--num-pages", "40", "--max-num-seqs", "8")
+    flags = ("--max-model-len", "1024", "--num-pages", "20", "--max-num-seqs", "8")
     with serve(smollm2, *flags, "--max-num-queued-reqs", "8") as server:
         warm = asyncio.run(load(server, 30.0, SEED + 1000))
         wait_idle(server)
