@@ -75,7 +75,7 @@ void tile_product(
                 std::memcpy(&right, b + p * ldb + n * 2 * kLanes, sizeof right);
                 const vi high = splat(int32_t(0xffff0000));
                 const int32_t left = int32_t(a[m * lda + p]);
-                total = fma(floats(splat(left << 16)), floats(right << 16), total);
+                total = fma(floats(splat(int32_t(uint32_t(left) << 16))), floats(right << 16), total);
                 total = fma(floats(splat(left) & high), floats(right & high), total);
             }
             store(to, total);

@@ -66,8 +66,10 @@ void to_group_row(const float* x, int64_t num_in, int64_t padded_in, int32_t zer
         const float factor = largest > 0.0f ? 127.0f / largest : 0.0f;
         const __m512 wide = _mm512_set1_ps(factor);
         const __m512i limit = _mm512_set1_epi32(127);
-        const __m512i a = _mm512_min_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(low, wide)), limit);
-        const __m512i b = _mm512_min_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(high, wide)), limit);
+        // A NaN or infinity has no code: the codes are 0, and the scale carries it into this row alone.
+        const __mmask16 finite = top < 0x7f800000 ? 0xffff : 0;
+        const __m512i a = _mm512_maskz_min_epi32(finite, _mm512_cvtps_epi32(_mm512_mul_ps(low, wide)), limit);
+        const __m512i b = _mm512_maskz_min_epi32(finite, _mm512_cvtps_epi32(_mm512_mul_ps(high, wide)), limit);
         sum = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtsepi32_epi8(a));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16), _mm512_cvtsepi32_epi8(b));
