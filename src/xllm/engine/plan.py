@@ -6,7 +6,7 @@ scheduler writes every field of a plan, the runner every field of a result. No t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from xllm.errors import ErrorInfo
 from xllm.types import SamplingParams, TokenLogprobs
@@ -101,4 +101,3 @@ class StepResult:
     step: int
     sequences: tuple[SequenceResult, ...]
     elapsed_ms: float = 0.0
-    extras: dict[str, float] = field(default_factory=dict)
