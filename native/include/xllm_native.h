@@ -15,11 +15,11 @@ extern "C" {
 
 #define XN_EXPORT __attribute__((visibility("default")))
 
-#define XN_ABI_VERSION 1  // raised with every change of this file
+#define XN_ABI_VERSION 2  // raised with every change of this file
 #define XN_GROUP 32       // inputs that share a scale in the quantised classes
 #define XN_PAGE_SIZE 64   // positions in a KV page
 
-enum { XN_OK = 0, XN_ERR_MEMORY = 1, XN_ERR_ARGUMENT = 2 };
+enum { XN_OK = 0, XN_ERR_MEMORY = 1, XN_ERR_ARGUMENT = 2, XN_STOPPED = 3 };
 
 // Values are stored in files: do not renumber.
 enum { XN_BF16 = 1, XN_W8G32 = 2, XN_W4G32 = 3 };
@@ -149,6 +149,79 @@ XN_EXPORT int32_t xn_attention(
 // Fills plan work items: (span, first row within it, number of rows) triples, most expensive first; returns
 // how many there are, at most `max_items` are written.
 XN_EXPORT int64_t xn_attention_items(const xn_attention_plan* plan, int32_t* items, int64_t max_items);
+
+// ---- step.cpp, program.cpp ------------------------------------------------------------------------------
+
+// KV pages of the layers that share a group; pages as in xn_attention.
+typedef struct {
+    uint16_t* pages;
+    int64_t num_pages, num_heads, num_kv_heads, head_dim, num_layers, window;
+} xn_kv_group;
+
+// What one step computes: its token ids, positions, rows that yield logits and one attention plan per group.
+typedef struct xn_step xn_step;
+
+XN_EXPORT xn_step* xn_step_create(const xn_kv_group* groups, int64_t num_groups);  // NULL: no memory
+XN_EXPORT void xn_step_destroy(xn_step* step);
+
+// `words`: for each sequence (number of rows, first position, first of the rows that yield logits, pages
+// held in group 0, in group 1 …); then all rows' token ids; then the page numbers of group 0, of group 1 ….
+// Clears the pages whose first position is a row of this step. XN_ERR_ARGUMENT if a row would read or write a
+// page that its sequence does not hold; nothing was written then.
+XN_EXPORT int32_t xn_step_set(
+    xn_pool* pool, xn_step* step, const int64_t* words, int64_t num_words, int64_t num_sequences);
+
+// Where a replay finds a value: a byte offset into the arena or the carry, or an address. `ld` as everywhere.
+enum { XN_IN_ARENA = 0, XN_IN_CARRY = 1, XN_AT_ADDRESS = 2 };
+typedef struct {
+    int64_t space, at, ld;
+} xn_place;
+
+enum {
+    XN_OP_EMBEDDING = 1,  // to = weight[ids `index`] · a
+    XN_OP_SELECT_ROWS,    // to = x[ids `index`], each below `limit` (0: below the step's number of rows)
+    XN_OP_LINEAR,         // to = x · weightᵀ + vector
+    XN_OP_RMS_NORM,       // to = `count` runs of `width` of x, times b + vector; eps = a
+    XN_OP_ADD,            // to = x + y
+    XN_OP_SILU_MUL,
+    XN_OP_GELU_TANH_MUL,
+    XN_OP_SOFTCAP,    // a = cap
+    XN_OP_ROPE,       // `count` heads of x, `width` = half a head, y and z = cos and sin
+    XN_OP_ATTENTION,  // x, y, z = q, k, v; `index` = group, `layer` within it, a = scale, b = softcap
+    XN_OP_END_LAYER,  // layer `layer` of the model is complete
+    XN_OP_RMS_NORM_ROUNDED,  // to = bytes for a product with weight: the norm of x times b + vector, eps = a
+    XN_OP_LINEAR_FUSED,      // x (rounded if `count`), `epilogue`, y = residual
+};
+
+enum { XN_IDS_TOKENS = 0, XN_IDS_POSITIONS = 1, XN_IDS_LOGIT_ROWS = 2 };
+
+typedef struct {
+    int32_t op;
+    int32_t logit_rows;  // 0: over all rows of the step, 1: over those that yield logits
+    xn_place x, y, z, to;
+    const xn_matrix* weight;
+    const float* vector;  // norm weight or bias
+    int64_t count, width, index, layer, limit;
+    float a, b;
+    int32_t epilogue;
+    int32_t unused;
+} xn_node;
+
+// Words that other threads and processes may read and write while a program runs; each side's on its own line.
+typedef struct {
+    int32_t finished_layers;  // of the current or last step
+    int32_t unused[15];
+    int32_t stop;        // not 0: stop at the next end of a layer
+    int32_t stop_after;  // not 0: stop when this many layers are complete
+    int32_t unused_too[14];
+} xn_control;
+
+// Runs nodes[*position …] and leaves in *position how far it came. XN_STOPPED: called again with the same
+// arguments it goes on there, if step, arena and carry are as it left them. step NULL: a program without
+// inputs of a step, over `rows` rows; else the step's own counts are used. control may be NULL.
+XN_EXPORT int32_t xn_program_run(
+    xn_pool* pool, const xn_node* nodes, int64_t num_nodes, const xn_step* step, int64_t rows, uint8_t* arena,
+    uint8_t* carry, xn_control* control, int64_t* position);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,57 @@
+"""What a platform may offer the runner beside eager operations: recorded programs of a loaded model.
+
+Contracts only. A platform whose backend cannot record offers none, and the runner calls op by op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from xllm.engine.kernels.ops import F32, Batch, Buffer, Ops
+from xllm.engine.plan import SequencePlan
+from xllm.types import KVLayout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramCounters:
+    """`captures`: programs made, `replays`: programs run, `eager`: steps beyond every bucket, `stops`: how
+    often a step stopped at a layer's end. The buckets are those that were used."""
+
+    captures: int = 0
+    replays: int = 0
+    eager: int = 0
+    stops: int = 0
+    arena_bytes: int = 0
+    row_buckets: tuple[int, ...] = ()
+    logit_buckets: tuple[int, ...] = ()
+
+
+class StepPrograms(Protocol):
+    """Same bits as the eager operations. Owned by the step thread."""
+
+    @property
+    def counters(self) -> ProgramCounters: ...
+
+    def forward(self, sequences: Sequence[SequencePlan]) -> Buffer | None:
+        """Clear the step's new pages and compute the hidden states of the rows that yield logits, in order;
+        they stay until the next call. None: the step has to be run eagerly, and nothing was done."""
+
+    def head(self, hidden: Buffer, first: int, count: int) -> F32 | None:
+        """Logits of rows first … first + count − 1; they stay until the next call. None: as above."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerModel:
+    """A loaded model as its runner sees it: what there is to record. `pages` per KV group of `layout`."""
+
+    forward: Callable[[Ops, Batch], Buffer]
+    head: Callable[[Ops, Buffer], Buffer]
+    pages: tuple[Buffer, ...]
+    layout: KVLayout
+    num_heads: int
+    hidden_size: int
+
+
+MakePrograms = Callable[[RunnerModel], StepPrograms | None]
