@@ -37,6 +37,8 @@ void tile(const Tile& tile) {
     const int64_t stride = tile.x_stride, panel_bytes = matrix.panel_bytes;
     const int64_t scale_row = matrix.scale_row_bytes();
     const bool half = matrix.half_scales, has_mins = matrix.has_mins;
+    const __mmask16 has_zero = matrix.zero == 0 ? 0 : 0xffff;
+    const int64_t start_at = matrix.zero == 8 ? offsetof(GroupInfo, start8) : offsetof(GroupInfo, start128);
     __m512 acc[MR][NR];
     for_each<MR>([&](auto m) XN_LAMBDA {
         for_each<NR>([&](auto n) XN_LAMBDA { acc[m][n] = _mm512_setzero_ps(); });
@@ -55,7 +57,8 @@ void tile(const Tile& tile) {
         keep_apart(next);
         __m512i dot[MR][NR];
         for_each<MR>([&](auto m) XN_LAMBDA {
-            const __m512i start = _mm512_set1_epi32(info_of(m)->start);
+            const __m512i start = _mm512_maskz_set1_epi32(has_zero, *reinterpret_cast<const int32_t*>(
+                reinterpret_cast<const uint8_t*>(info_of(m)) + start_at));
             for_each<NR>([&](auto n) XN_LAMBDA { dot[m][n] = start; });
         });
         if constexpr (Four) {
@@ -182,7 +185,7 @@ void tile(const Tile& tile) {
                 const uint8_t* row = tile.x + m * tile.x_stride;
                 const GroupInfo& info = reinterpret_cast<const GroupInfo*>(row + matrix.padded_in)[g];
                 const auto* codes = reinterpret_cast<const int8_t*>(row) + g * XN_GROUP;
-                const Integers dot = group_sums(codes, wide, info.start);
+                const Integers dot = group_sums(codes, wide, info.start(matrix.zero));
                 acc[m] = multiply_add(__builtin_convertvector(dot, Lanes) * scale, info.scale, acc[m]);
                 if (matrix.has_mins) acc[m] = multiply_add(min, info.sum, acc[m]);
             }

@@ -45,7 +45,7 @@ uint16_t half_bits(float value) {
 
 // Codes = x · 127/max|x| to nearest even, scale = max|x|/127. A NaN or infinity anywhere in a group makes
 // its scale one too, so that it reaches the output instead of vanishing in the codes.
-void to_group_row(const float* x, int64_t num_in, int64_t padded_in, int32_t zero, uint8_t* row) {
+void to_group_row(const float* x, int64_t num_in, int64_t padded_in, uint8_t* row) {
     auto* info = reinterpret_cast<GroupInfo*>(row + padded_in);
     for (int64_t g = 0; g < padded_in / XN_GROUP; ++g) {
         const float* from = x + g * XN_GROUP;
@@ -92,7 +92,7 @@ void to_group_row(const float* x, int64_t num_in, int64_t padded_in, int32_t zer
             sum += code;
         }
 #endif
-        info[g] = GroupInfo{scale, -zero * sum, scale * static_cast<float>(sum), 0.0f};
+        info[g] = GroupInfo{scale, scale * static_cast<float>(sum), -128 * sum, -8 * sum};
     }
 }
 

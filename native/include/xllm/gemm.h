@@ -8,12 +8,14 @@
 
 namespace xn {
 
-// A row of activations in 8-bit codes: K codes, then K/32 of these.
+// A row of activations in 8-bit codes: K codes, then K/32 of these. It serves weights of any zero.
 struct GroupInfo {
     float scale;
-    int32_t start;  // −zero · Σ codes: what the integer accumulator of the group begins with
-    float sum;      // scale · Σ codes, what the weight's min is multiplied by
-    float unused;
+    float sum;         // scale · Σ codes, what the weight's min is multiplied by
+    int32_t start128;  // −128 · Σ codes: what the integer accumulator begins with where zero is 128
+    int32_t start8;    // −8 · Σ codes: the same for zero 8; at zero 0 it begins with 0
+
+    int32_t start(int32_t zero) const { return zero == 128 ? start128 : zero == 8 ? start8 : 0; }
 };
 
 struct Tile {
@@ -24,8 +26,10 @@ struct Tile {
     const xn_matrix* matrix;
     float* y;
     int64_t ldy;
-    const float* bias;  // of the first panel's first channel, or NULL
-    int64_t columns;    // channels that exist from the first panel on
+    const float* bias;      // of the first panel's first channel, or NULL
+    const float* residual;  // added to the first row's element y[0], or NULL; may be y
+    int64_t ldr;
+    int64_t columns;  // channels that exist from the first panel on
 };
 
 using TileFn = void (*)(const Tile&);
@@ -41,7 +45,25 @@ TileFn group_tile(int rows, int panels, bool four_bits);
 
 // x (num_in floats) → `padded_in` codes at `row`, as the tiles read them.
 void to_bf16_row(const float* x, int64_t num_in, int64_t padded_in, uint8_t* row);
-void to_group_row(const float* x, int64_t num_in, int64_t padded_in, int32_t zero, uint8_t* row);
+void to_group_row(const float* x, int64_t num_in, int64_t padded_in, uint8_t* row);
+
+// What the rest of the linear needs to know of a weight class. A class is added by one more of these.
+struct ClassKernels {
+    int64_t (*row_bytes)(const xn_matrix& m);  // of a rounded row
+    void (*round_row)(const xn_matrix& m, const float* x, uint8_t* row);
+    int (*max_rows)(int panels);
+    TileFn (*tile)(const xn_matrix& m, int rows, int panels);
+};
+
+const ClassKernels& kernels_of(const xn_matrix& m);
+
+// Bytes between rounded rows: an odd number of cache lines, so that rows do not fall on the same sets.
+inline int64_t rounded_stride(const xn_matrix& m) {
+    return (round_up(kernels_of(m).row_bytes(m), 64) / 64 | 1) * 64;
+}
+
+void round_rows(
+    xn_pool* pool, const xn_matrix& m, const float* x, int64_t rows, int64_t ldx, uint8_t* rounded);
 
 }  // namespace xn
 

@@ -54,6 +54,8 @@ XN_INLINE void store_row(const Tile& tile, int m, const __m512* acc) {
         const auto mask = static_cast<__mmask16>(here >= 16 ? 0xffffu : (1u << here) - 1);
         __m512 v = acc[n];
         if (tile.bias != nullptr) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, tile.bias + 16 * n));
+        if (tile.residual != nullptr)
+            v = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, tile.residual + m * tile.ldr + 16 * n), v);
         _mm512_mask_storeu_ps(y + 16 * n, mask, v);
     });
 }
@@ -90,8 +92,10 @@ XN_INLINE Lanes multiply_add(const Lanes& a, float b, const Lanes& c) {
 
 XN_INLINE void store_panel(const Tile& tile, int m, int n, const Lanes& acc) {
     float* y = tile.y + m * tile.ldy + 16 * n;
-    for (int64_t i = 0; i < 16 && 16 * n + i < tile.columns; ++i)
-        y[i] = tile.bias == nullptr ? acc[i] : acc[i] + tile.bias[16 * n + i];
+    for (int64_t i = 0; i < 16 && 16 * n + i < tile.columns; ++i) {
+        const float product = tile.bias == nullptr ? acc[i] : acc[i] + tile.bias[16 * n + i];
+        y[i] = tile.residual == nullptr ? product : tile.residual[m * tile.ldr + 16 * n + i] + product;
+    }
 }
 
 }  // namespace xn
