@@ -31,10 +31,13 @@ def make_native_runner(
     num_threads: int = 2,
     keeps_codes: bool = False,
     isa: str | None = None,
+    programs: bool = True,
 ) -> ModelRunner:
     ops = NativeOps(library(isa), num_threads, weight_class, weight_class, keeps_codes)
     model = find_model(arch.name)
     weights = load_weights(model, arch, tensors, ops, num_positions)
     ops.probe([weights.layers[0][k] for k in ("qkv", "o", "gate_up", "down")] + [weights.top["head"]])
     layout = kv_layout(arch, "bfloat16")
-    return ModelRunner(model, arch, weights, ops, layout, [num_pages] * len(layout.groups), Sampler())
+    make_programs = ops.programs if programs else None
+    pages = [num_pages] * len(layout.groups)
+    return ModelRunner(model, arch, weights, ops, layout, pages, Sampler(), make_programs=make_programs)

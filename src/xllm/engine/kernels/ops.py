@@ -128,6 +128,10 @@ class Ops(Protocol):
     def softcap(self, x: Buffer, cap: float) -> Buffer:
         """cap · tanh(x / cap)."""
 
+    def end_layer(self, layer: int) -> None:
+        """Layer `layer` (from 0) is complete: a step may be stopped here and its progress is told. A model
+        that never calls it runs, but in one piece."""
+
     def all_reduce(self, x: Buffer) -> Buffer:
         """Sum over the ranks of the tensor-parallel group; x itself at size 1."""
 

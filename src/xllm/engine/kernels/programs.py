@@ -43,15 +43,14 @@ class StepPrograms(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunnerModel:
-    """A loaded model as its runner sees it: what there is to record. `pages` per KV group of `layout`."""
+class LoadedModel:
+    """What there is to record of a model. `pages` per KV group of `layout`."""
 
     forward: Callable[[Ops, Batch], Buffer]
     head: Callable[[Ops, Buffer], Buffer]
     pages: tuple[Buffer, ...]
     layout: KVLayout
     num_heads: int
-    hidden_size: int
 
 
-MakePrograms = Callable[[RunnerModel], StepPrograms | None]
+MakePrograms = Callable[[LoadedModel], StepPrograms]

@@ -39,6 +39,7 @@ def forward(ops: Ops, arch: ArchConfig, weights: LoadedWeights, kv: KVPages, bat
         h = _norm(ops, arch, x, w["pre_feedforward_layernorm"])
         h = ops.linear(ops.gelu_tanh_mul(ops.linear(h, w["gate_up"])), w["down"])
         x = ops.add(x, _norm(ops, arch, ops.all_reduce(h), w["post_feedforward_layernorm"]))
+        ops.end_layer(layer)
     return _norm(ops, arch, ops.select_rows(x, batch.logit_rows), weights.top["norm"])
 
 

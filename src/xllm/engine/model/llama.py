@@ -27,6 +27,7 @@ def forward(ops: Ops, arch: ArchConfig, weights: LoadedWeights, kv: KVPages, bat
         x = ops.add(x, attention(ops, arch, w, kv, batch, layer, h, rope))
         h = ops.rms_norm(x, w["post_attention_layernorm"], arch.rms_norm_eps)
         x = ops.add(x, mlp(ops, w, h))
+        ops.end_layer(layer)
     return ops.rms_norm(ops.select_rows(x, batch.logit_rows), weights.top["norm"], arch.rms_norm_eps)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from xllm.arch import ArchConfig
 from xllm.engine.kernels.ops import F32, Backend, Buffer, KVPages
+from xllm.engine.kernels.programs import LoadedModel, MakePrograms
 from xllm.engine.model.definition import LoadedWeights, ModelDefinition
 from xllm.engine.model.layout import layer_places
 from xllm.engine.plan import ChoiceTokens, SequencePlan, SequenceResult, StepPlan, StepResult
@@ -43,6 +44,7 @@ class ModelRunner:
         num_pages: Sequence[int],
         sampler: Sampler,
         numerics: tuple[str, ...] = (),
+        make_programs: MakePrograms | None = None,
     ) -> None:
         self._model = model
         self._arch = arch
@@ -53,6 +55,7 @@ class ModelRunner:
         self._numerics = numerics
         groups = tuple(ops.kv_pages(g, n) for g, n in zip(layout.groups, num_pages, strict=True))
         self._kv = KVPages(groups=groups, place=layer_places(layout))
+        self.programs = None if make_programs is None else make_programs(self._recordable())
         self.logits_tap: LogitsTap | None = None
 
     @property
@@ -77,6 +80,7 @@ class ModelRunner:
         return StepResult(step=plan.step, sequences=tuple(r.result() for r in results))
 
     def close(self) -> None:
+        self.programs = None
         self._kv = KVPages(groups=(), place=())
         self._weights = LoadedWeights(top={}, layers=(), ropes={})
 
@@ -84,12 +88,9 @@ class ModelRunner:
         # Copies first: a source may have changed hands and be somebody's new page in this very step.
         for copy in plan.copies:
             self._ops.copy_page(self._kv.groups[copy.group], copy.src, copy.dst)
-        for g, pages in enumerate(self._kv.groups):
-            self._ops.zero_pages(pages, new_pages(plan.sequences, g))
 
     def _forward(self, sequences: Sequence[SequencePlan], results: Sequence[_Partial]) -> None:
-        batch = build_batch(sequences, self._layout, self._arch.num_heads, self._ops)
-        hidden = self._model.forward(self._ops, self._arch, self._weights, self._kv, batch)
+        hidden = self._hidden(sequences)
         first = 0
         for pieces in logit_slices(sequences):
             count = sum(p.count for p in pieces)
@@ -100,14 +101,38 @@ class ModelRunner:
                 self._sample(results[piece.index], piece, logits[row : row + piece.count])
                 row += piece.count
 
+    def _hidden(self, sequences: Sequence[SequencePlan]) -> Buffer:
+        if self.programs is not None:
+            replayed = self.programs.forward(sequences)
+            if replayed is not None:
+                return replayed
+        for g, pages in enumerate(self._kv.groups):
+            self._ops.zero_pages(pages, new_pages(sequences, g))
+        batch = build_batch(sequences, self._layout, self._arch.num_heads, self._ops)
+        return self._model.forward(self._ops, self._arch, self._weights, self._kv, batch)
+
     def _logits(self, hidden: Buffer, first: int, count: int) -> F32:
         """Rows first … first+count−1 of the logits, cut to the vocabulary."""
+        if self.programs is not None:
+            replayed = self.programs.head(hidden, first, count)
+            if replayed is not None:
+                return replayed[:, : self._arch.vocab_size]
         padded = -(-count // self._ops.row_multiple) * self._ops.row_multiple
         rows = np.full(padded, first, dtype=np.int64)
         rows[:count] = np.arange(first, first + count)
         taken = self._ops.select_rows(hidden, self._ops.indices(rows))
         logits = self._model.head(self._ops, self._arch, self._weights, taken)
         return self._ops.to_numpy(logits)[:count, : self._arch.vocab_size]
+
+    def _recordable(self) -> LoadedModel:
+        model, arch, weights, kv = self._model, self._arch, self._weights, self._kv
+        return LoadedModel(
+            forward=lambda ops, batch: model.forward(ops, arch, weights, kv, batch),
+            head=lambda ops, hidden: model.head(ops, arch, weights, hidden),
+            pages=kv.groups,
+            layout=self._layout,
+            num_heads=arch.num_heads,
+        )
 
     def _sample(self, partial: _Partial, piece: LogitPiece, logits: F32) -> None:
         """Use one piece of a sequence's logits; whatever goes wrong ends this sequence only."""

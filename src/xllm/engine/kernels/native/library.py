@@ -15,6 +15,8 @@ from xllm.errors import InternalError
 
 ABI_VERSION = 2
 ERROR_MEMORY = 1
+STOPPED = 3
+"""No error: a program came to the end of a layer and was asked to stop there."""
 
 CLASS_NAMES = {1: "bf16", 2: "w8g32", 3: "w4g32"}
 

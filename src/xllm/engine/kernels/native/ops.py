@@ -19,7 +19,10 @@ from xllm.engine.kernels.native.handles import Arena, AttentionPlan, Indices, Ma
 from xllm.engine.kernels.native.library import check
 from xllm.engine.kernels.native.packing import Packer, WeightClass
 from xllm.engine.kernels.native.plan import make_plan
+from xllm.engine.kernels.native.programs import Programs
+from xllm.engine.kernels.native.recording import record_forward, record_head
 from xllm.engine.kernels.ops import F32, I64, Buffer, KVSpan, RopeTable
+from xllm.engine.kernels.programs import LoadedModel
 from xllm.errors import InternalError
 from xllm.types import PAGE_SIZE, KVGroup
 
@@ -174,6 +177,13 @@ class NativeOps:
     def to_numpy(self, x: Buffer) -> F32:
         return np.asarray(_rows(x))
 
+    def programs(self, model: LoadedModel) -> Programs:
+        """The model's operations, recorded. Raises what the model raises if it needs more than `Ops`."""
+        layers = [(g, _pages(p)) for g, p in zip(model.layout.groups, model.pages, strict=True)]
+        forward = record_forward(model.forward, [pages for _, pages in layers])
+        head = record_head(model.head, forward.result.width)
+        return Programs(self._lib, self._pool, forward, head, layers, model.num_heads, owner=self)
+
     # Operations of a model.
 
     def embedding(self, ids: Buffer, table: Buffer, scale: float | None = None) -> Buffer:
@@ -273,6 +283,9 @@ class NativeOps:
         y = self._arena.rows(a.rows, a.width)
         check(self._lib.xn_softcap(self._pool, a.ptr, a.ld, a.rows, a.width, cap, y.ptr, y.ld))
         return Buffer(y)
+
+    def end_layer(self, layer: int) -> None:
+        """Nobody can stop an eager step."""
 
     def all_reduce(self, x: Buffer) -> Buffer:
         return x
