@@ -38,6 +38,7 @@ def make_native_runner(
     weights = load_weights(model, arch, tensors, ops, num_positions)
     ops.probe([weights.layers[0][k] for k in ("qkv", "o", "gate_up", "down")] + [weights.top["head"]])
     layout = kv_layout(arch, "bfloat16")
-    make_programs = ops.programs if programs else None
-    pages = [num_pages] * len(layout.groups)
-    return ModelRunner(model, arch, weights, ops, layout, pages, Sampler(), make_programs=make_programs)
+    runner = ModelRunner(model, arch, weights, ops, layout, [num_pages] * len(layout.groups), Sampler())
+    if programs:
+        runner.record(ops.programs)
+    return runner

@@ -63,6 +63,9 @@ class PlatformConfig:
 
     platform: str = option("auto", "native, cpu, cuda, null, or an entry point of xllm.platforms")
     num_threads: int | None = option(None, "compute threads; default: cores ÷ local instances")
+    programs: Literal["auto", "on", "off"] = option(
+        "auto", "replay recorded steps instead of calling op by op; auto = where the platform can"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,15 +17,18 @@ from xllm.types import KVLayout
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramCounters:
     """`captures`: programs made, `replays`: programs run, `eager`: steps beyond every bucket, `stops`: how
-    often a step stopped at a layer's end. The buckets are those that were used."""
+    often a step stopped at a layer's end. The buckets are those that were used. `operations` of a
+    step and its head, `max_rows` of the largest bucket there may be."""
 
-    captures: int = 0
-    replays: int = 0
-    eager: int = 0
-    stops: int = 0
-    arena_bytes: int = 0
-    row_buckets: tuple[int, ...] = ()
-    logit_buckets: tuple[int, ...] = ()
+    captures: int
+    replays: int
+    eager: int
+    stops: int
+    arena_bytes: int
+    row_buckets: tuple[int, ...]
+    logit_buckets: tuple[int, ...]
+    operations: int
+    max_rows: int
 
 
 class StepPrograms(Protocol):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from xllm.arch import ArchConfig
 from xllm.config.schema import EngineConfig
 from xllm.engine.kernels.ops import Backend
+from xllm.engine.kernels.programs import MakePrograms
 from xllm.engine.model.layout import ORDER, kv_layout
 from xllm.engine.model.registry import find_model
 from xllm.engine.model.weights import load_weights, weight_bytes
@@ -15,6 +17,8 @@ from xllm.engine.runner.kv_size import DTYPE_BYTES, choose_num_pages
 from xllm.engine.runner.runner import ModelRunner
 from xllm.engine.sampling import Sampler
 from xllm.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 _MIB = 1 << 20
 
@@ -32,9 +36,10 @@ def load_runner(
     numerics: tuple[str, ...],
     report: tuple[str, ...],
     kv_order: str = ORDER,
+    make_programs: MakePrograms | None = None,
 ) -> BuiltRunner:
     """`free_bytes` is asked before and after loading. `numerics` and `report` are the platform's own,
-    `kv_order` is how its backend keeps a page."""
+    `kv_order` is how its backend keeps a page, `make_programs` how it records, if it does."""
     model = find_model(arch.name)
     needed, free = weight_bytes(model.parameters(arch), DTYPE_BYTES[dtype]), free_bytes()
     if needed > free:
@@ -50,6 +55,7 @@ def load_runner(
     layout = kv_layout(arch, dtype, kv_order)
     num_pages, why_pages = choose_num_pages(layout, config, max_model_len, free_bytes())
     runner = ModelRunner(model, arch, weights, ops, layout, num_pages, sampler, numerics)
+    why_programs = _programs(runner, config, make_programs)
     exact = "measured: rows do not depend on their company"
     if not ops.deterministic:
         exact = "no row count was found for which rows are independent of their company"
@@ -61,8 +67,32 @@ def load_runner(
             f"weights={needed // _MIB} MiB as {dtype}",
             f"deterministic={ops.deterministic}: {exact} (row multiple {ops.row_multiple})",
             why_pages,
+            why_programs,
         ),
     )
+
+
+def _programs(runner: ModelRunner, config: EngineConfig, make: MakePrograms | None) -> str:
+    """Record the model if asked and able; the report line. Raises ConfigError for `on` that cannot be."""
+    asked = config.platform.programs
+    if asked == "off":
+        return "programs=off: as asked"
+    why = "this platform calls op by op"
+    if make is not None:
+        try:
+            counters = runner.record(make)
+        except Exception as error:
+            # A model file from outside the tree may do with a buffer what only an eager backend allows.
+            log.warning("the model could not be recorded", exc_info=True)
+            why = f"the model could not be recorded ({error})"
+        else:
+            return (
+                f"programs=on: {counters.operations} operations a step in one call, "
+                f"up to {counters.max_rows} rows"
+            )
+    if asked == "on":
+        raise ConfigError(f"programs=on: {why}", param="programs")
+    return f"programs=off: {why}"
 
 
 def no_quantize(config: EngineConfig) -> tuple[str, ...]:

@@ -75,6 +75,7 @@ class NativePlatform:
             free_bytes=available_bytes,
             numerics=("native", KERNELS_VERSION, isa, f"quantize-{quantize}", f"kv-{dtype}", "tp1"),
             kv_order=KV_ORDER,
+            make_programs=ops.programs,
             report=(
                 f"num_threads={threads}: {why_threads}",
                 why_dtype,

@@ -12,7 +12,7 @@ import numpy as np
 
 from xllm.arch import ArchConfig
 from xllm.engine.kernels.ops import F32, Backend, Buffer, KVPages
-from xllm.engine.kernels.programs import LoadedModel, MakePrograms
+from xllm.engine.kernels.programs import LoadedModel, MakePrograms, ProgramCounters, StepPrograms
 from xllm.engine.model.definition import LoadedWeights, ModelDefinition
 from xllm.engine.model.layout import layer_places
 from xllm.engine.plan import ChoiceTokens, SequencePlan, SequenceResult, StepPlan, StepResult
@@ -44,7 +44,6 @@ class ModelRunner:
         num_pages: Sequence[int],
         sampler: Sampler,
         numerics: tuple[str, ...] = (),
-        make_programs: MakePrograms | None = None,
     ) -> None:
         self._model = model
         self._arch = arch
@@ -55,7 +54,7 @@ class ModelRunner:
         self._numerics = numerics
         groups = tuple(ops.kv_pages(g, n) for g, n in zip(layout.groups, num_pages, strict=True))
         self._kv = KVPages(groups=groups, place=layer_places(layout))
-        self.programs = None if make_programs is None else make_programs(self._recordable())
+        self.programs: StepPrograms | None = None
         self.logits_tap: LogitsTap | None = None
 
     @property
@@ -69,6 +68,19 @@ class ModelRunner:
     @property
     def numerics(self) -> tuple[str, ...]:
         return self._numerics
+
+    def record(self, make: MakePrograms) -> ProgramCounters:
+        """Replay from now on what `make` records of the model; raises what it raises."""
+        model, arch, weights, kv = self._model, self._arch, self._weights, self._kv
+        recordable = LoadedModel(
+            forward=lambda ops, batch: model.forward(ops, arch, weights, kv, batch),
+            head=lambda ops, hidden: model.head(ops, arch, weights, hidden),
+            pages=kv.groups,
+            layout=self._layout,
+            num_heads=arch.num_heads,
+        )
+        self.programs = make(recordable)
+        return self.programs.counters
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run the step; raises only what the forward pass itself raises."""
@@ -123,16 +135,6 @@ class ModelRunner:
         taken = self._ops.select_rows(hidden, self._ops.indices(rows))
         logits = self._model.head(self._ops, self._arch, self._weights, taken)
         return self._ops.to_numpy(logits)[:count, : self._arch.vocab_size]
-
-    def _recordable(self) -> LoadedModel:
-        model, arch, weights, kv = self._model, self._arch, self._weights, self._kv
-        return LoadedModel(
-            forward=lambda ops, batch: model.forward(ops, arch, weights, kv, batch),
-            head=lambda ops, hidden: model.head(ops, arch, weights, hidden),
-            pages=kv.groups,
-            layout=self._layout,
-            num_heads=arch.num_heads,
-        )
 
     def _sample(self, partial: _Partial, piece: LogitPiece, logits: F32) -> None:
         """Use one piece of a sequence's logits; whatever goes wrong ends this sequence only."""

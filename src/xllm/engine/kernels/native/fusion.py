@@ -39,9 +39,7 @@ def _with_epilogues(nodes: Sequence[Node], result: Value) -> tuple[Node, ...]:
         maker, epilogue, others = found
         gone.add(maker)
         inputs = (*maker.inputs, *others)
-        fused.append(
-            replace(maker, op=Op.LINEAR_FUSED, inputs=inputs, output=node.output, epilogue=epilogue)
-        )
+        fused.append(replace(maker, op=Op.LINEAR_FUSED, inputs=inputs, output=node.output, epilogue=epilogue))
     return tuple(n for n in fused if n not in gone)
 
 
@@ -79,9 +77,5 @@ def _with_rounded_norms(
 def _sole(nodes: Sequence[Node], result: Value, ops: Sequence[Op]) -> dict[Value, Node]:
     """Nodes of these kinds by output, where exactly one input of one node reads it, and all of it."""
     reads = Counter(value.root for node in nodes for value in node.inputs)
-    reads[result] += 1
-    return {
-        node.output: node
-        for node in nodes
-        if node.op in ops and node.output is not None and reads[node.output] == 1 and node.output is not result
-    }
+    reads[result] += 2  # it is read by the caller too
+    return {n.output: n for n in nodes if n.op in ops and n.output is not None and reads[n.output] == 1}

@@ -180,7 +180,7 @@ class NativeOps:
     def programs(self, model: LoadedModel) -> Programs:
         """The model's operations, recorded. Raises what the model raises if it needs more than `Ops`."""
         layers = [(g, _pages(p)) for g, p in zip(model.layout.groups, model.pages, strict=True)]
-        forward = record_forward(model.forward, [pages for _, pages in layers])
+        forward = record_forward(model.forward, model.pages)
         head = record_head(model.head, forward.result.width)
         return Programs(self._lib, self._pool, forward, head, layers, model.num_heads, owner=self)
 

@@ -22,8 +22,8 @@ from xllm.engine.kernels.native.library import STOPPED, check
 from xllm.engine.kernels.native.program import Program
 from xllm.engine.kernels.native.recording import Recording, Value
 from xllm.engine.kernels.ops import F32, Buffer
-from xllm.engine.plan import SequencePlan
 from xllm.engine.kernels.programs import ProgramCounters
+from xllm.engine.plan import SequencePlan
 from xllm.errors import InternalError
 from xllm.types import KVGroup
 
@@ -124,11 +124,9 @@ class Programs:
             arena_bytes=len(self._arena.array) + len(self._carry.array),
             row_buckets=tuple(sorted(self._steps)),
             logit_buckets=tuple(sorted(self._heads)),
+            operations=len(self._forward.nodes) + len(self._head.nodes),
+            max_rows=BUCKETS[-1],
         )
-
-    @property
-    def num_nodes(self) -> int:
-        return len(self._forward.nodes) + len(self._head.nodes)
 
     def forward(self, sequences: Sequence[SequencePlan]) -> Buffer | None:
         words, num_rows, num_logit_rows = flatten(sequences, self._num_groups)

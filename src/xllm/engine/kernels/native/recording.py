@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from xllm.engine.kernels.native.handles import Matrix, Pages, Values
+from xllm.engine.kernels.native.handles import Matrix, Values
 from xllm.engine.kernels.ops import Batch, Buffer, Ops, RopeTable
 from xllm.errors import InternalError
 
@@ -81,9 +81,6 @@ class GroupPlan:
     group: int
 
 
-Constant = Matrix | Values | Pages
-
-
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Node:
     """Fields as in `xn_node`; `weight` and `vector` are held, so that their memory outlives the program."""
@@ -118,7 +115,8 @@ class Recording:
 class Recorder:
     """One recording at a time; see `Ops` for what each operation means."""
 
-    groups: Sequence[Pages]
+    pages: Sequence[Buffer]
+    """By KV group."""
     nodes: list[Node] = field(default_factory=list)
 
     def embedding(self, ids: Buffer, table: Buffer, scale: float | None = None) -> Buffer:
@@ -141,7 +139,14 @@ class Recorder:
             raise InternalError("a norm's weight does not divide the width of its input")
         out = _value(a.width, a.of_logits)
         node = Node(
-            op=Op.RMS_NORM, inputs=(a,), output=out, vector=w, count=runs, width=w.width, a=eps, b=weight_offset
+            op=Op.RMS_NORM,
+            inputs=(a,),
+            output=out,
+            vector=w,
+            count=runs,
+            width=w.width,
+            a=eps,
+            b=weight_offset,
         )
         return self._add(node)
 
@@ -189,7 +194,7 @@ class Recorder:
         scale: float,
         softcap: float | None = None,
     ) -> Buffer:
-        if not isinstance(plan, GroupPlan) or self.groups[plan.group] is not pages:
+        if not isinstance(plan, GroupPlan) or self.pages[plan.group] is not pages:
             raise TypeError("a plan of another backend or KV group")
         inputs = (_v(q), _v(k), _v(v))
         out = _value(inputs[0].width, of_logits=False)
@@ -245,14 +250,14 @@ class Recorder:
         return self._add(Node(op=op, inputs=(gate_up,), output=out, width=out.width))
 
 
-def record_forward(forward: Callable[[Ops, Batch], Buffer], groups: Sequence[Pages]) -> Recording:
+def record_forward(forward: Callable[[Ops, Batch], Buffer], pages: Sequence[Buffer]) -> Recording:
     """The operations of one step. Raises what the model raises if it needs more than `Ops`."""
-    recorder = Recorder(groups)
+    recorder = Recorder(pages)
     batch = Batch(
         token_ids=Buffer(Ids(0)),
         positions=Buffer(Ids(1)),
         logit_rows=Buffer(Ids(2)),
-        attention=tuple(Buffer(GroupPlan(g)) for g in range(len(groups))),
+        attention=tuple(Buffer(GroupPlan(g)) for g in range(len(pages))),
     )
     return _finished(recorder, _v(forward(recorder, batch)))
 
