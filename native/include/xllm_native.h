@@ -191,10 +191,8 @@ XN_EXPORT void xn_step_destroy(xn_step* step);
 
 // `words`: for each sequence (number of rows, first position, first of the rows that yield logits, pages
 // held in group 0, in group 1 …); then all rows' token ids; then the page numbers of group 0, of group 1 ….
-// Clears the pages whose first position is a row of this step. XN_ERR_ARGUMENT if a row would read or write a
-// page that its sequence does not hold; nothing was written then.
-XN_EXPORT int32_t xn_step_set(
-    xn_pool* pool, xn_step* step, const int64_t* words, int64_t num_words, int64_t num_sequences);
+// XN_ERR_ARGUMENT if a row would read or write a page that its sequence does not hold.
+XN_EXPORT int32_t xn_step_set(xn_step* step, const int64_t* words, int64_t num_words, int64_t num_sequences);
 
 // Where a replay finds a value: a byte offset into the arena or the carry, or an address. `ld` as everywhere.
 enum { XN_IN_ARENA = 0, XN_IN_CARRY = 1, XN_AT_ADDRESS = 2 };

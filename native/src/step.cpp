@@ -1,20 +1,18 @@
 // From the flat description of a step to what its operations read. All checks of a step's input that a kernel
-// relies on are made here, before anything is written, except those against a table's size (program.cpp).
+// relies on are made here, before any of them runs, except those against a table's size (program.cpp).
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
 #include "xllm/step.h"
-#include "xllm/threads.h"
 
 using namespace xn;
 
 namespace {
 
-constexpr int64_t kFields = 3;             // of a sequence, before the pages it holds in each group
-constexpr int64_t kMaxRows = 1 << 24;      // of a step; keeps sums of hostile counts far from overflow
+constexpr int64_t kFields = 3;         // of a sequence, before the pages it holds in each group
+constexpr int64_t kMaxRows = 1 << 24;  // of a step; keeps sums of hostile counts far from overflow
 constexpr int64_t kMaxPosition = int64_t{1} << 40;
-constexpr int64_t kClearedAtOnce = 256 << 10;  // bytes of a page cleared by one work item
 
 struct Sequence {
     int64_t rows, start, first_logit_row;
@@ -94,26 +92,6 @@ int32_t fill_plan(xn_step& step, int64_t g, int64_t num_sequences, const int64_t
     return XN_OK;
 }
 
-// What a former owner left in a page must not leak: a masked slot counts as 0 only if it holds no NaN.
-void clear_new_pages(xn_pool* pool, const xn_step& step, int64_t g) {
-    const xn_kv_group& group = step.groups[g];
-    const int64_t tile = group.num_kv_heads * XN_PAGE_SIZE * group.head_dim;
-    const int64_t bytes = 2 * group.num_layers * tile * static_cast<int64_t>(sizeof(uint16_t));
-    const int64_t pieces = (bytes + kClearedAtOnce - 1) / kClearedAtOnce;
-    for (int64_t s = 0; s < step.plans[g].num_spans; s++) {
-        const xn_span& span = step.plans[g].spans[s];
-        const int64_t first = (span.start + XN_PAGE_SIZE - 1) / XN_PAGE_SIZE;
-        const int64_t end = (span.start + span.num_rows + XN_PAGE_SIZE - 1) / XN_PAGE_SIZE;
-        if (end <= first) continue;
-        const int64_t* pages = step.plans[g].page_table + span.first_page + first;
-        parallel(pool, (end - first) * pieces, [&](int64_t item, int32_t) {
-            uint8_t* page = reinterpret_cast<uint8_t*>(group.pages) + pages[item / pieces] * bytes;
-            const int64_t from = item % pieces * kClearedAtOnce, rest = bytes - from;
-            std::memset(page + from, 0, rest < kClearedAtOnce ? rest : kClearedAtOnce);
-        });
-    }
-}
-
 }  // namespace
 
 extern "C" {
@@ -129,8 +107,7 @@ xn_step* xn_step_create(const xn_kv_group* groups, int64_t num_groups) {
 
 void xn_step_destroy(xn_step* step) { delete step; }
 
-int32_t xn_step_set(
-    xn_pool* pool, xn_step* step, const int64_t* words, int64_t num_words, int64_t num_sequences) {
+int32_t xn_step_set(xn_step* step, const int64_t* words, int64_t num_words, int64_t num_sequences) {
     step->num_rows = step->num_logit_rows = 0;
     if (num_sequences < 0 || num_words < 0) return XN_ERR_ARGUMENT;
     if (num_sequences > num_words / (kFields + step->num_groups)) return XN_ERR_ARGUMENT;
@@ -144,12 +121,8 @@ int32_t xn_step_set(
         code = fill_plan(*step, g, num_sequences, table, &num_table);
         table += num_table;
     }
-    if (code != XN_OK) {
-        step->num_rows = step->num_logit_rows = 0;
-        return code;
-    }
-    for (int64_t g = 0; g < step->num_groups; g++) clear_new_pages(pool, *step, g);
-    return XN_OK;
+    if (code != XN_OK) step->num_rows = step->num_logit_rows = 0;
+    return code;
 }
 
 }  // extern "C"

@@ -184,6 +184,7 @@ def _page_given_back(driver: Driver, seq: Seq) -> None:
 
 
 def _page_out_of_range(driver: Driver, seq: Seq) -> None:
+    seq.computed = 10
     seq.pages[0] = [NUM_PAGES]
 
 
@@ -206,7 +207,7 @@ def test_the_words_of_a_step_must_be_as_many_as_they_say() -> None:
     ]  # fmt: skip
     for words, refused in [(good, False), *((w, True) for w in spoilt)]:
         array = np.array(words, dtype=np.int64)
-        code = programs._lib.xn_step_set(None, programs._step, array.ctypes.data, len(words), 1)
+        code = programs._lib.xn_step_set(programs._step, array.ctypes.data, len(words), 1)
         assert bool(code) == refused, words
 
 

@@ -59,11 +59,12 @@ def build_batch(sequences: Sequence[SequencePlan], layout: KVLayout, num_heads: 
 
 def new_pages(sequences: Sequence[SequencePlan], group: int) -> list[int]:
     """Pages whose first slot is written in this step."""
-    return [
-        s.pages[group][position // PAGE_SIZE]
-        for s in sequences
-        for position in range(_round_up(s.start, PAGE_SIZE), s.start + len(s.tokens), PAGE_SIZE)
-    ]
+    found: list[int] = []
+    for s in sequences:
+        first, end = -(-s.start // PAGE_SIZE), -(-(s.start + len(s.tokens)) // PAGE_SIZE)
+        if first < end:
+            found += s.pages[group][first:end]
+    return found
 
 
 def logit_slices(sequences: Sequence[SequencePlan]) -> Iterator[list[LogitPiece]]:

@@ -100,6 +100,8 @@ class ModelRunner:
         # Copies first: a source may have changed hands and be somebody's new page in this very step.
         for copy in plan.copies:
             self._ops.copy_page(self._kv.groups[copy.group], copy.src, copy.dst)
+        for g, pages in enumerate(self._kv.groups):
+            self._ops.zero_pages(pages, new_pages(plan.sequences, g))
 
     def _forward(self, sequences: Sequence[SequencePlan], results: Sequence[_Partial]) -> None:
         hidden = self._hidden(sequences)
@@ -118,8 +120,6 @@ class ModelRunner:
             replayed = self.programs.forward(sequences)
             if replayed is not None:
                 return replayed
-        for g, pages in enumerate(self._kv.groups):
-            self._ops.zero_pages(pages, new_pages(sequences, g))
         batch = build_batch(sequences, self._layout, self._arch.num_heads, self._ops)
         return self._model.forward(self._ops, self._arch, self._weights, self._kv, batch)
 

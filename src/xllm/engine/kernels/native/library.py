@@ -56,7 +56,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "xn_attention_items": (_L, (_P, _P, _L)),
     "xn_step_create": (_P, (_P, _L)),
     "xn_step_destroy": (None, (_P,)),
-    "xn_step_set": (_I, (_P, _P, _P, _L, _L)),
+    "xn_step_set": (_I, (_P, _P, _L, _L)),
     "xn_program_run": (_I, (_P, _P, _L, _P, _L, _P, _P, _P, _P)),
 }
 

@@ -136,7 +136,7 @@ class Programs:
         program = self._step_program(num_rows)
         self._carry.fit(num_logit_rows * self._hidden.row_bytes)
         address, count = words.buffer_info()
-        check(self._lib.xn_step_set(self._pool, self._step, address, count, len(sequences)))
+        check(self._lib.xn_step_set(self._step, address, count, len(sequences)))
         self._run(program, self._step, 0, self._carry.ptr)
         width = self._hidden.width
         return Buffer(Rows(self._carry.ptr, num_logit_rows, width, width, self._carry.array, None))
