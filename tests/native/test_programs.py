@@ -19,7 +19,7 @@ from xllm.engine.kernels.native.programs import BUCKETS, Programs
 from xllm.engine.kernels.native.recording import Node, Op, Recorder, Recording, Value
 from xllm.engine.kernels.ops import Buffer, KVPages
 from xllm.engine.model import llama
-from xllm.engine.plan import StepPlan
+from xllm.engine.plan import SequencePlan, StepPlan
 from xllm.engine.platform.native import PLATFORM
 from xllm.engine.runner.runner import ModelRunner
 from xllm.engine.sampling import Sampler
@@ -106,7 +106,9 @@ def test_rows_without_logits_leave_the_same_pages() -> None:
         runner.programs = programs
         driver = Driver(runner, NUM_PAGES)
         plan = driver._plan(driver.new(PROMPT), 100, sample=False)
-        silent = replace(plan, first_logit_row=100)
+        silent = SequencePlan(
+            seq_id=0, start=0, tokens=plan.tokens, pages=plan.pages, first_logit_row=len(plan.tokens)
+        )
         runner.execute(StepPlan(step=0, sequences=(silent,)))
         pages.append(np.concatenate([g.array[list(plan.pages[0])] for g in runner._kv.groups]))
     assert pages[0].any()

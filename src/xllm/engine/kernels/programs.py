@@ -38,7 +38,8 @@ class StepPrograms(Protocol):
     def counters(self) -> ProgramCounters: ...
 
     def forward(self, sequences: Sequence[SequencePlan]) -> Buffer | None:
-        """The hidden states of the rows that yield logits, in order; they stay until the next call. None: the step has to be run eagerly, and nothing was done."""
+        """The hidden states of the rows that yield logits, in order; they stay until the next call.
+        None: the step has to be run eagerly, and nothing was done."""
 
     def head(self, hidden: Buffer, first: int, count: int) -> F32 | None:
         """Logits of rows first … first + count − 1; they stay until the next call. None: as above."""
