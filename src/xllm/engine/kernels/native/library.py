@@ -13,7 +13,7 @@ from typing import Any
 from xllm.engine.kernels.native.isa import cpu_flags, find_library, usable
 from xllm.errors import InternalError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ERROR_MEMORY = 1
 
 CLASS_NAMES = {1: "bf16", 2: "w8g32", 3: "w4g32"}
@@ -48,6 +48,8 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "xn_select_rows": (_I, (_P, _P, _L, _P, _L, _L, _P, _L)),
     "xn_attention": (_I, (_P, _P, _P, _L, _P, _L, _P, _L, _P, _L, _F, _F, _P, _L)),
     "xn_attention_items": (_L, (_P, _P, _L)),
+    "xn_sample_bytes": (_L, (_P, _L)),
+    "xn_sample": (_I, (_P, _P, _L, _L, _P, _P, _P, _P)),
 }
 
 

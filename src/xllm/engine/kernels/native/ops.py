@@ -19,6 +19,7 @@ from xllm.engine.kernels.native.handles import Arena, AttentionPlan, Indices, Ma
 from xllm.engine.kernels.native.library import check
 from xllm.engine.kernels.native.packing import Packer, WeightClass
 from xllm.engine.kernels.native.plan import make_plan
+from xllm.engine.kernels.native.sampling import NativeDrawer
 from xllm.engine.kernels.ops import F32, I64, Buffer, KVSpan, RopeTable
 from xllm.errors import InternalError
 from xllm.types import PAGE_SIZE, KVGroup
@@ -122,6 +123,10 @@ class NativeOps:
 
     def running(self) -> AbstractContextManager[Any]:
         return nullcontext()
+
+    def row_drawer(self) -> NativeDrawer:
+        """Draws tokens on this backend's threads, so between its steps only."""
+        return NativeDrawer(self._lib, self._pool)
 
     # Buffers.
 
