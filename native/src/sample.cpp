@@ -3,7 +3,7 @@
 // Bias, penalties and whatever needs a request's history are added by the caller.
 #include <algorithm>
 
-#include "xllm/nucleus.h"
+#include "xllm/logits.h"
 #include "xllm/race.h"
 #include "xllm/threads.h"
 
@@ -11,135 +11,25 @@ using namespace xn;
 
 namespace {
 
-constexpr int64_t kBlock = 64 * kLanes;  // a group's maximum stands for one lane of 64 vectors
-constexpr int64_t kPad = 64;
-
-struct Top {
-    float value;
-    int64_t id;  // of the first
-    bool broken;  // NaN somewhere
-};
-
-// One worker's memory. `words` of floats come first so that all stay aligned.
-struct Scratch {
-    Tokens tokens;
-    uint32_t* keys;
-    int64_t* sums;
-    float *masked, *maxima;
-    int64_t num_groups;
-
-    static int64_t bytes(int64_t vocab) { return (vocab + kPad) * (2 * 8 + 5 * 4); }
-
-    Scratch(char* at, int64_t vocab) {
-        const int64_t room = vocab + kPad;
-        const auto take = [&](int64_t size) { return at += room * size, at - room * size; };
-        tokens.weight = reinterpret_cast<int64_t*>(take(8));
-        sums = reinterpret_cast<int64_t*>(take(8));
-        tokens.ids = reinterpret_cast<int32_t*>(take(4));
-        tokens.y = reinterpret_cast<float*>(take(4));
-        keys = reinterpret_cast<uint32_t*>(take(4));
-        masked = reinterpret_cast<float*>(take(4));
-        maxima = reinterpret_cast<float*>(take(4));
-        tokens.count = num_groups = 0;
+// Keeps what top_p leaves of the whole row, and at most what lies within `max_depth` of its top.
+void keep_mass(
+    const xn_sample_row& row, const float* x, int64_t n, const Top& top, double max_depth, Scratch& s) {
+    Tokens& tokens = s.tokens;
+    const float t = row.temperature, y_top = top.value / t;
+    Range target = about_all(x, n, top, t);
+    // Two roundings between these ends and the exact product; a target is never reached by nothing.
+    target.low = std::max(target.low * row.top_p, 0x1p-64), target.high *= row.top_p;
+    for (const double reach : {6.0, 12.0, double(kDepth)}) {
+        const double depth = std::min(reach, max_depth);
+        collect(x, n, floor_of(top, t, depth), t, tokens);
+        if (double(weigh(tokens, y_top)) >= target.high || depth < reach) break;
     }
-};
-
-inline vf load_or_lowest(const float* from, Whole) { return load(from); }
-inline vf load_or_lowest(const float* from, Part part) {
-    vf x = splat(-INFINITY);
-    std::memcpy(&x, from, part.count * sizeof(float));
-    return x;
-}
-
-Top scan(const float* x, int64_t n, Scratch& scratch) {
-    vi broken{};
-    vf most = splat(-INFINITY);
-    scratch.num_groups = 0;
-    for (int64_t first = 0; first < n; first += kBlock) {
-        vf high[2] = {splat(-INFINITY), splat(-INFINITY)};
-        each_vector(std::min(kBlock, n - first), [&](int64_t i, auto part) {
-            const vf v = load_or_lowest(x + first + i, part);
-            vf& into = high[(i / kLanes) & 1];
-            into = higher(v, into);
-            broken |= v != v;
-        });
-        high[0] = higher(high[0], high[1]);
-        store(scratch.maxima + scratch.num_groups, high[0]);
-        scratch.num_groups += kLanes;
-        most = higher(most, high[0]);
+    Cut cut = find_cut(tokens, y_top, target.high, false, s.keys, s.sums);
+    if (!(cut == find_cut(tokens, y_top, target.low, false, s.keys, s.sums))) {
+        const double exact = row.top_p * double(weight_of_all(x, n, top, t));
+        cut = find_cut(tokens, y_top, exact, false, s.keys, s.sums);
     }
-    Top top{highest(most), 0, false};
-    for (int i = 0; i < kLanes; ++i) top.broken |= broken[i] != 0;
-    if (top.broken || !(top.value > -INFINITY)) return top;
-    int64_t group = 0;
-    while (at_least(load(scratch.maxima + group), splat(top.value)) == 0) group += kLanes;
-    for (top.id = group * 64; x[top.id] != top.value;) ++top.id;
-    return top;
-}
-
-void mask(const float* x, int64_t n, const uint32_t* allowed, float* y) {
-    for (int64_t i = 0; i < n; ++i) y[i] = allowed[i >> 5] >> (i & 31) & 1 ? x[i] : -INFINITY;
-}
-
-// Not above any logit that lies at most `depth` below the top when tempered.
-float floor_of(const Top& top, float temperature, double depth) {
-    const double t = temperature, x = top.value;
-    const double low = x - depth * t - (std::fabs(x) + depth * t) * 1e-6 - 1e-37;
-    return low < -3e38 ? -INFINITY : float(low);
-}
-
-// Not above the k-th largest logit, and not below `low`. Groups are disjoint, so k groups whose maxima
-// reach a value hold k logits that do.
-float kth_bound(const Scratch& scratch, int64_t k, float low, float high) {
-    if (k > scratch.num_groups || low == -INFINITY) return low;
-    for (int step = 0; step < 14 && low < high; ++step) {
-        const float middle = low / 2 + high / 2;
-        int64_t count = 0;
-        for (int64_t g = 0; g < scratch.num_groups; g += kLanes)
-            count += __builtin_popcount(at_least(load(scratch.maxima + g), splat(middle)));
-        (count >= k ? low : high) = middle;
-    }
-    return low;
-}
-
-// All tokens that are not below `low` when both are tempered: equal ones are in or out together.
-void collect(const float* x, int64_t n, float low, float temperature, Tokens& tokens) {
-    const float y_low = low / temperature;
-    const float before_rounding = low - std::fabs(low) * 1e-6f - 1e-37f;
-    int64_t count = 0, kept = 0;
-    each_vector(n, [&](int64_t i, auto part) {
-        uint32_t found = at_least(load_or_lowest(x + i, part), splat(before_rounding));
-        for (; found != 0; found &= found - 1) {
-            const int64_t id = i + __builtin_ctz(found);
-            if (id >= n) return;
-            tokens.ids[count] = int32_t(id);
-            tokens.y[count++] = x[id];
-        }
-    });
-    std::fill(tokens.y + count, tokens.y + count + kLanes, 0.0f);
-    for (int64_t i = 0; i < count; i += kLanes)
-        store(tokens.y + i, load(tokens.y + i) / splat(temperature));
-    for (int64_t i = 0; i < count; ++i) {
-        tokens.ids[kept] = tokens.ids[i], tokens.y[kept] = tokens.y[i];
-        kept += tokens.y[i] >= y_low;
-    }
-    tokens.count = kept;
-}
-
-int64_t weight_of_all(const float* x, int64_t n, const Top& top, float temperature) {
-    const float y_top = top.value / temperature;
-    const vf low = splat(floor_of(top, temperature, kDepth));
-    vu sums{};
-    each_vector(n, [&](int64_t i, auto part) {
-        const vf v = load_or_lowest(x + i, part);
-        if (at_least(v, low) == 0) return;
-        float y[kLanes];
-        store(y, v / splat(temperature));
-        sums += weights_of(widened(y), y_top) + weights_of(widened(y + kWide), y_top);
-    });
-    int64_t sum = 0;
-    for (int i = 0; i < kWide; ++i) sum += int64_t(sums[i]);
-    return sum;
+    apply(tokens, cut);
 }
 
 // The tokens that top_k, top_p and min_p leave.
@@ -160,13 +50,7 @@ void filter(const xn_sample_row& row, const float* x, int64_t n, const Top& top,
             apply(tokens, find_cut(tokens, y_top, row.top_p * total, false, s.keys, s.sums));
         }
     } else if (by_mass) {
-        const double target = row.top_p * double(weight_of_all(x, n, top, t));
-        for (const double reach : {6.0, 12.0, double(kDepth)}) {
-            const double depth = std::min(reach, share_depth);
-            collect(x, n, floor_of(top, t, depth), t, tokens);
-            if (double(weigh(tokens, y_top)) >= target || depth < reach) break;
-        }
-        apply(tokens, find_cut(tokens, y_top, target, false, s.keys, s.sums));
+        keep_mass(row, x, n, top, share_depth, s);
     } else {
         collect(x, n, floor_of(top, t, share_depth), t, tokens);
     }
@@ -180,21 +64,30 @@ void filter(const xn_sample_row& row, const float* x, int64_t n, const Top& top,
     tokens.count = kept;
 }
 
-int64_t draw_of_all(const float* x, int64_t n, const Top& top, float temperature, const Coordinates& at) {
+__attribute__((noinline)) int64_t draw_of_all(
+    const float* x, int64_t n, const Top& top, float temperature, const Coordinates& at) {
+    // Two chains of rounds at once: one alone waits for its own multiplications.
+    constexpr int kBatches = 2, kVectors = 2 * kBatches;
     Race race(temperature, top.value, at);
     race.offer(top.value, top.id, token_word(top.id, at));
     int64_t id = 0;
-    for (; id + 2 * kLanes <= n; id += 2 * kLanes) {
-        const vf chances[2] = {race.chances(load(x + id)), race.chances(load(x + id + kLanes))};
-        if (race.all_hopeless(higher(chances[0], chances[1]))) continue;
-        vi words[2];
-        words_from(id, at, words);
-        for (int half = 0; half < 2; ++half) {
-            uint32_t found = race.passes(chances[half], words[half]);
-            for (; found != 0; found &= found - 1) {
-                const int lane = __builtin_ctz(found);
-                const int64_t mine = id + half * kLanes + lane;
-                race.offer(x[mine], mine, uint32_t(words[half][lane]));
+    for (; id + kVectors * kLanes <= n; id += kVectors * kLanes) {
+        vf chances[kVectors], most = splat(-INFINITY);
+        for (int v = 0; v < kVectors; ++v) {
+            chances[v] = race.chances(load(x + id + v * kLanes));
+            most = higher(most, chances[v]);
+        }
+        if (race.all_hopeless(most)) continue;
+        vi words[kVectors];
+        words_from<kBatches>(id, at, words);
+        uint32_t found[kVectors], any = 0;
+        for (int v = 0; v < kVectors; ++v) any |= found[v] = race.passes(chances[v], words[v]);
+        if (any == 0) continue;
+        for (int v = 0; v < kVectors; ++v) {
+            for (; found[v] != 0; found[v] &= found[v] - 1) {
+                const int lane = __builtin_ctz(found[v]);
+                const int64_t mine = id + v * kLanes + lane;
+                race.offer(x[mine], mine, uint32_t(words[v][lane]));
             }
         }
     }

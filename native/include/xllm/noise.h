@@ -1,6 +1,6 @@
 // The sampler's noise: Philox4x32-10 and a logarithm of correctly rounded operations, as docs/design/0002-sampler.md
 // defines them. The same bits on every path, and the same as the numpy sampler's.
-// What must not live here: which tokens may be drawn.
+// Beside it the vectors that the sampler computes with. What must not live here: which tokens may be drawn.
 #ifndef XLLM_NOISE_H
 #define XLLM_NOISE_H
 
@@ -16,6 +16,35 @@ namespace xn {
 constexpr int kWide = kLanes / 2;
 typedef uint64_t vu __attribute__((vector_size(kWide * 8)));
 typedef double vd __attribute__((vector_size(kWide * 8)));
+
+inline vf higher(vf a, vf b) {  // b where a is NaN
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+    return (vf)_mm_max_ps((__m128)a, (__m128)b);
+#else
+    return select(a > b, a, b);
+#endif
+}
+
+inline vf lower(vf a, vf b) { return -higher(-a, -b); }
+
+// Bit i: a[i] ≥ b[i].
+inline uint32_t at_least(vf a, vf b) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ));
+#elif defined(__SSE2__)
+    return _mm_movemask_ps(_mm_cmpge_ps((__m128)a, (__m128)b));
+#else
+    uint32_t mask = 0;
+    for (int i = 0; i < kLanes; ++i) mask |= uint32_t(a[i] >= b[i]) << i;
+    return mask;
+#endif
+}
 
 // Coordinates of a draw; together with a token id they are all that its noise depends on.
 struct Coordinates {
@@ -48,26 +77,29 @@ inline vu xor3(vu a, vu b, vu c) {
 #endif
 }
 
-// Blocks of the counters (c[0], offset, choice, 0), lane by lane. The words are the low halves of c[0 … 3]
+// Blocks of the counters (c[i][0], offset, choice, 0), lane by lane. The words are the low halves of c[i]
 // afterwards. High halves are never read, so nobody clears them.
-template <class Lanes64>
-__attribute__((always_inline)) inline void philox(Lanes64 c[4], const Coordinates& at) {
+template <class Lanes64, int batches>
+__attribute__((always_inline)) inline void philox(Lanes64 (&c)[batches][4], const Coordinates& at) {
     uint32_t k0 = uint32_t(at.seed), k1 = uint32_t(at.seed >> 32);
     const Lanes64 zero{};
-    c[1] = all(at.offset, zero), c[2] = all(at.choice, zero), c[3] = zero;
+    for (int i = 0; i < batches; ++i) c[i][1] = all(at.offset, zero), c[i][2] = all(at.choice, zero), c[i][3] = zero;
     for (int round = 0; round < 10; ++round) {
-        const Lanes64 p0 = multiply_low(c[0], 0xD2511F53u), p1 = multiply_low(c[2], 0xCD9E8D57u);
-        c[0] = xor3(p1 >> 32, c[1], all(k0, zero));
-        c[2] = xor3(p0 >> 32, c[3], all(k1, zero));
-        c[1] = p1, c[3] = p0;
+        const Lanes64 key0 = all(k0, zero), key1 = all(k1, zero);
+        for (int i = 0; i < batches; ++i) {
+            const Lanes64 p0 = multiply_low(c[i][0], 0xD2511F53u), p1 = multiply_low(c[i][2], 0xCD9E8D57u);
+            c[i][0] = xor3(p1 >> 32, c[i][1], key0);
+            c[i][2] = xor3(p0 >> 32, c[i][3], key1);
+            c[i][1] = p1, c[i][3] = p0;
+        }
         k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
     }
 }
 
 inline uint32_t token_word(int64_t id, const Coordinates& at) {
-    uint64_t c[4] = {uint64_t(id) >> 2, 0, 0, 0};
+    uint64_t c[1][4] = {{uint64_t(id) >> 2, 0, 0, 0}};
     philox(c, at);
-    return uint32_t(c[id & 3]);
+    return uint32_t(c[0][id & 3]);
 }
 
 constexpr double kLn2 = 0x1.62e42fefa39efp-1;

@@ -8,35 +8,6 @@
 
 namespace xn {
 
-inline vf higher(vf a, vf b) {  // b where a is NaN
-#if defined(__AVX512F__)
-    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
-#elif defined(__AVX2__) && defined(__FMA__)
-    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
-#elif defined(__SSE2__)
-    return (vf)_mm_max_ps((__m128)a, (__m128)b);
-#else
-    return select(a > b, a, b);
-#endif
-}
-
-inline vf lower(vf a, vf b) { return -higher(-a, -b); }
-
-// Bit i: a[i] ≥ b[i].
-inline uint32_t at_least(vf a, vf b) {
-#if defined(__AVX512F__)
-    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
-#elif defined(__AVX2__) && defined(__FMA__)
-    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ));
-#elif defined(__SSE2__)
-    return _mm_movemask_ps(_mm_cmpge_ps((__m128)a, (__m128)b));
-#else
-    uint32_t mask = 0;
-    for (int i = 0; i < kLanes; ++i) mask |= uint32_t(a[i] >= b[i]) << i;
-    return mask;
-#endif
-}
-
 // A token beats the score B only if its noise is at least d = B − y; as −ln u > 1 − u, its word's complement
 // is then below 2³² · exp(−d). An upper bound of that, without exp: a float's bits read as a number are its
 // logarithm, piecewise linear, and the chord lies above the curve. In units of 2²³, for half the complement:
@@ -87,37 +58,41 @@ class Race {
     int64_t id_ = -1;
 };
 
-// Words of the 4 · kWide = 2 · kLanes tokens from `id`, a multiple of 4, in order.
-inline void words_from(int64_t id, const Coordinates& at, vi words[2]) {
-    vu c[4];
+// Words of the 2 · kLanes · batches tokens from `id`, a multiple of 4, in order.
+template <int batches>
+__attribute__((always_inline)) inline void words_from(int64_t id, const Coordinates& at, vi words[2 * batches]) {
+    vu c[batches][4];
     uint64_t counters[kWide];
     for (int i = 0; i < kWide; ++i) counters[i] = uint64_t(i);
-    std::memcpy(&c[0], counters, sizeof c[0]);
-    c[0] += uint64_t(id) >> 2;
+    vu counter;
+    std::memcpy(&counter, counters, sizeof counter);
+    for (int i = 0; i < batches; ++i) c[i][0] = counter + ((uint64_t(id) >> 2) + uint64_t(i * kWide));
     philox(c, at);
-    const vu low = vu{} + 0xffffffffu;
-    const vu a = (c[0] & low) | (c[1] << 32), b = (c[2] & low) | (c[3] << 32);
+    for (int i = 0; i < batches; ++i) {
+        const vu low = vu{} + 0xffffffffu;
+        const vu a = (c[i][0] & low) | (c[i][1] << 32), b = (c[i][2] & low) | (c[i][3] << 32);
 #if defined(__AVX512F__)
-    words[0] = (vi)__builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-    words[1] = (vi)__builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+        words[2 * i] = (vi)__builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+        words[2 * i + 1] = (vi)__builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
 #elif defined(__AVX2__) && defined(__FMA__)
-    words[0] = (vi)__builtin_shufflevector(a, b, 0, 4, 1, 5);
-    words[1] = (vi)__builtin_shufflevector(a, b, 2, 6, 3, 7);
+        words[2 * i] = (vi)__builtin_shufflevector(a, b, 0, 4, 1, 5);
+        words[2 * i + 1] = (vi)__builtin_shufflevector(a, b, 2, 6, 3, 7);
 #else
-    words[0] = (vi)__builtin_shufflevector(a, b, 0, 2);
-    words[1] = (vi)__builtin_shufflevector(a, b, 1, 3);
+        words[2 * i] = (vi)__builtin_shufflevector(a, b, 0, 2);
+        words[2 * i + 1] = (vi)__builtin_shufflevector(a, b, 1, 3);
 #endif
+    }
 }
 
 // Words of kWide tokens anywhere.
 inline void words_of(const int32_t* ids, const Coordinates& at, uint32_t words[kWide]) {
     uint64_t wide[kWide];
     for (int i = 0; i < kWide; ++i) wide[i] = uint64_t(ids[i]);
-    vu id, c[4];
+    vu id, c[1][4];
     std::memcpy(&id, wide, sizeof id);
-    c[0] = id >> 2;
+    c[0][0] = id >> 2;
     philox(c, at);
-    for (int i = 0; i < kWide; ++i) words[i] = uint32_t(c[wide[i] & 3][i]);
+    for (int i = 0; i < kWide; ++i) words[i] = uint32_t(c[0][wide[i] & 3][i]);
 }
 
 }  // namespace xn
