@@ -246,6 +246,36 @@ XN_EXPORT int32_t xn_program_run(
     xn_pool* pool, const xn_node* nodes, int64_t num_nodes, const xn_step* step, int64_t rows, uint8_t* arena,
     uint8_t* carry, xn_control* control, int64_t* position);
 
+// ---- sample.cpp ----------------------------------------------------------------------------------------
+
+// A row to draw from (docs/design/0002-sampler.md, steps 7 to 11). Its choices and tokens are the entries
+// first … first + num_choices − 1 of the call's arrays.
+typedef struct {
+    const float* logits;      // (vocab), float32, after bias and penalties
+    const uint32_t* allowed;  // token i may be drawn if bit i % 32 of word i / 32 is set; NULL = all may
+    uint64_t seed;
+    double top_p, min_p;      // 1 and 0 are off
+    float temperature;        // 0 = argmax
+    int32_t top_k;            // below 1 and from vocab on it is off
+    uint32_t offset;
+    int32_t num_choices;
+    int64_t first;
+} xn_sample_row;
+
+// Per row, in `status`; the other rows are drawn all the same.
+enum {
+    XN_SAMPLE_NOT_FINITE = 101,    // NaN, or no finite maximum
+    XN_SAMPLE_NONE_ALLOWED = 102,  // the mask leaves nothing
+    XN_SAMPLE_OVERFLOW = 103,      // the temperature makes the largest logit infinite
+};
+
+XN_EXPORT int64_t xn_sample_bytes(const xn_pool* pool, int64_t vocab);  // of a workspace
+
+// Apart from the forward pass, so that masks may be made while that runs. Logits are left as they are.
+XN_EXPORT int32_t xn_sample(
+    xn_pool* pool, const xn_sample_row* rows, int64_t num_rows, int64_t vocab, const uint32_t* choices,
+    int64_t* tokens, int32_t* status, void* workspace);
+
 #ifdef __cplusplus
 }
 #endif

@@ -8,6 +8,7 @@ from xllm.arch import ArchConfig
 from xllm.engine.kernels.native.library import find, open_library
 from xllm.engine.kernels.native.ops import NativeOps
 from xllm.engine.kernels.native.packing import WeightClass
+from xllm.engine.kernels.native.sampling import NativeDrawer
 from xllm.engine.model.layout import kv_layout
 from xllm.engine.model.registry import find_model
 from xllm.engine.model.weights import Tensors, load_weights
@@ -20,6 +21,13 @@ def library(isa: str | None = None):
     """The library of a path, by default of the best one; None if it is not built or the CPU cannot run it."""
     path, _ = find(None if isa is None else frozenset({isa}))
     return None if path is None else open_library(path)
+
+
+@functools.cache
+def drawer(isa: str | None = None, num_threads: int = 1) -> NativeDrawer | None:
+    """A drawer with a pool of its own, kept for the process; None where there is no library."""
+    found = library(isa)
+    return None if found is None else NativeDrawer(found, found.xn_pool_create(num_threads))
 
 
 def make_native_runner(
@@ -38,7 +46,8 @@ def make_native_runner(
     weights = load_weights(model, arch, tensors, ops, num_positions)
     ops.probe([weights.layers[0][k] for k in ("qkv", "o", "gate_up", "down")] + [weights.top["head"]])
     layout = kv_layout(arch, "bfloat16")
-    runner = ModelRunner(model, arch, weights, ops, layout, [num_pages] * len(layout.groups), Sampler())
+    sampler = Sampler(drawer=ops.row_drawer())
+    runner = ModelRunner(model, arch, weights, ops, layout, [num_pages] * len(layout.groups), sampler)
     if programs:
         runner.record(ops.programs)
     return runner

@@ -12,6 +12,7 @@ from xllm.arch import ArchConfig
 from xllm.artifacts.source import DummySource
 from xllm.engine.plan import SampleOp, SequencePlan, StepPlan
 from xllm.engine.runner.batch import MAX_LOGIT_ROWS
+from xllm.engine.sampling import Sampled, SampleRow
 from xllm.errors import ConfigError
 from xllm.types import SamplingParams
 
@@ -66,7 +67,7 @@ def test_a_failure_to_sample_ends_that_sequence_only(runner) -> None:
 
 def test_a_bug_in_sampling_is_an_internal_error_without_details(runner, monkeypatch) -> None:
     class Broken:
-        def sample(self, logits: np.ndarray, op: SampleOp) -> None:
+        def sample_rows(self, logits: np.ndarray, rows: list[SampleRow]) -> list[Sampled]:
             raise RuntimeError("/secret/path")
 
     monkeypatch.setattr(runner, "_sampler", Broken())

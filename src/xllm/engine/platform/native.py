@@ -69,7 +69,7 @@ class NativePlatform:
             tensors,
             config,
             max_model_len,
-            sampler,
+            sampler.drawing_with(ops.row_drawer()),
             ops=ops,
             dtype=dtype,
             free_bytes=available_bytes,

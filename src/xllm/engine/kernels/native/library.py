@@ -58,6 +58,8 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "xn_step_destroy": (None, (_P,)),
     "xn_step_set": (_I, (_P, _P, _L, _L)),
     "xn_program_run": (_I, (_P, _P, _L, _P, _L, _P, _P, _P, _P)),
+    "xn_sample_bytes": (_L, (_P, _L)),
+    "xn_sample": (_I, (_P, _P, _L, _L, _P, _P, _P, _P)),
 }
 
 

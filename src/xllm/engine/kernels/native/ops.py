@@ -21,6 +21,7 @@ from xllm.engine.kernels.native.packing import Packer, WeightClass
 from xllm.engine.kernels.native.plan import make_plan
 from xllm.engine.kernels.native.programs import Programs
 from xllm.engine.kernels.native.recording import record_forward, record_head
+from xllm.engine.kernels.native.sampling import NativeDrawer
 from xllm.engine.kernels.ops import F32, I64, Buffer, KVSpan, RopeTable
 from xllm.engine.kernels.programs import LoadedModel
 from xllm.errors import InternalError
@@ -125,6 +126,10 @@ class NativeOps:
 
     def running(self) -> AbstractContextManager[Any]:
         return nullcontext()
+
+    def row_drawer(self) -> NativeDrawer:
+        """Draws tokens on this backend's threads, so between its steps only."""
+        return NativeDrawer(self._lib, self._pool)
 
     # Buffers.
 
