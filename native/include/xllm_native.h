@@ -15,7 +15,7 @@ extern "C" {
 
 #define XN_EXPORT __attribute__((visibility("default")))
 
-#define XN_ABI_VERSION 1  // raised with every change of this file
+#define XN_ABI_VERSION 2  // raised with every change of this file
 #define XN_GROUP 32       // inputs that share a scale in the quantised classes
 #define XN_PAGE_SIZE 64   // positions in a KV page
 
@@ -72,6 +72,17 @@ XN_EXPORT int32_t xn_matrix_class(const xn_matrix* matrix);  // XN_BF16 …
 XN_EXPORT int64_t xn_matrix_num_out(const xn_matrix* matrix);
 XN_EXPORT int64_t xn_matrix_num_in(const xn_matrix* matrix);
 XN_EXPORT int64_t xn_matrix_bytes(const xn_matrix* matrix);  // memory held
+
+// ---- stored.cpp: packed weights as bytes, for a file that several processes map ------------------------
+// A record is the matrix without its panels, `xn_matrix_record_bytes` long, and means something to the very
+// library that made it only. Panels are `xn_matrix_bytes` long.
+XN_EXPORT int64_t xn_matrix_record_bytes(void);
+XN_EXPORT int32_t xn_matrix_record(const xn_matrix* matrix, void* record);
+XN_EXPORT const void* xn_matrix_panels(const xn_matrix* matrix);
+// A matrix over panels of the caller's, which must outlive it, may be read-only and stand on a cache line.
+// Refuses a record that no packer of this library makes, or one whose panels have another length.
+XN_EXPORT int32_t xn_matrix_over(
+    const void* record, int64_t record_bytes, const void* panels, int64_t panels_bytes, xn_matrix** made);
 
 // y[i] = the values of output channel ids[i], exactly as the matrix stands for them; ids must be in range.
 // Single-threaded: callers split the ids.

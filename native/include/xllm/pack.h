@@ -61,4 +61,12 @@ struct xn_matrix {
     uint8_t* panel(int64_t p) { return panels + p * panel_bytes; }
 };
 
+namespace xn {
+
+// Fills in all that follows from class, flags and shape, and touches nothing else; false when no packer makes
+// such a matrix. Stored records are checked by it, so every derived field must be set here.
+bool lay_out(xn_matrix* matrix);
+
+}  // namespace xn
+
 #endif  // XLLM_PACK_H

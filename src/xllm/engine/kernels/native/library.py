@@ -13,7 +13,7 @@ from typing import Any
 from xllm.engine.kernels.native.isa import cpu_flags, find_library, usable
 from xllm.errors import InternalError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ERROR_MEMORY = 1
 
 CLASS_NAMES = {1: "bf16", 2: "w8g32", 3: "w4g32"}
@@ -36,6 +36,10 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "xn_matrix_num_out": (_L, (_P,)),
     "xn_matrix_num_in": (_L, (_P,)),
     "xn_matrix_bytes": (_L, (_P,)),
+    "xn_matrix_record_bytes": (_L, ()),
+    "xn_matrix_record": (_I, (_P, _P)),
+    "xn_matrix_panels": (_P, (_P,)),
+    "xn_matrix_over": (_I, (_P, _L, _P, _L, _P)),
     "xn_matrix_rows": (_I, (_P, _P, _L, _P, _L)),
     "xn_linear": (_I, (_P, _P, _P, _L, _L, _P, _P, _L)),
     "xn_embedding": (_I, (_P, _P, _P, _L, _F, _P, _L)),
