@@ -56,7 +56,6 @@ void* take(size_t bytes) {
     return memory;
 }
 
-// Memory that is none of ours (a mapped file's) is left alone.
 void give_back(void* memory) {
     for (Block** link = &g_blocks; *link != nullptr; link = &(*link)->older) {
         Block* block = *link;

@@ -223,7 +223,7 @@ int32_t xn_pack_w4g32(
 
 void xn_matrix_free(xn_matrix* matrix) {
     if (matrix == nullptr) return;
-    xn::free_weight_memory(matrix->panels);
+    if (!matrix->borrowed) xn::free_weight_memory(matrix->panels);
     delete matrix;
 }
 

@@ -18,7 +18,8 @@ constexpr uintptr_t kLine = 64;
 bool is_bool(const unsigned char* record, size_t at) { return record[at] <= 1; }
 
 bool bools_hold(const unsigned char* record) {
-    return is_bool(record, offsetof(xn_matrix, half_scales)) && is_bool(record, offsetof(xn_matrix, has_mins));
+    return is_bool(record, offsetof(xn_matrix, half_scales)) && is_bool(record, offsetof(xn_matrix, has_mins)) &&
+           is_bool(record, offsetof(xn_matrix, borrowed));
 }
 
 }  // namespace
@@ -31,7 +32,9 @@ int64_t xn_matrix_record_bytes(void) { return xn::kRecordBytes; }
 int32_t xn_matrix_record(const xn_matrix* matrix, void* record) {
     if (matrix == nullptr || record == nullptr) return XN_ERR_ARGUMENT;
     memcpy(record, matrix, sizeof(xn_matrix));
-    memset(static_cast<unsigned char*>(record) + offsetof(xn_matrix, panels), 0, sizeof(matrix->panels));
+    auto* bytes = static_cast<unsigned char*>(record);
+    memset(bytes + offsetof(xn_matrix, panels), 0, sizeof(matrix->panels));
+    bytes[offsetof(xn_matrix, borrowed)] = 0;
     return XN_OK;
 }
 
@@ -51,7 +54,7 @@ int32_t xn_matrix_over(
         delete m;
         return XN_ERR_ARGUMENT;
     }
-    // Kernels only read panels; freeing looks for the memory among our blocks and leaves others' alone.
+    m->borrowed = true;  // and only ever read: the memory may be mapped so
     m->panels = static_cast<uint8_t*>(const_cast<void*>(panels));
     *made = m;
     return XN_OK;
