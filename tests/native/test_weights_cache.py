@@ -21,7 +21,8 @@ from xllm.artifacts.source import DummySource
 from xllm.config.schema import CacheConfig, EngineConfig, ModelConfig, PlatformConfig
 from xllm.engine.kernels.native import weights_cache
 from xllm.engine.kernels.native.handles import Matrix
-from xllm.engine.kernels.native.packing import Packer
+from xllm.engine.kernels.native.isa import ISAS
+from xllm.engine.kernels.native.packing import Packer, WeightClass
 from xllm.engine.platform.base import BuiltRunner
 from xllm.engine.platform.native import PLATFORM
 from xllm.engine.sampling import Sampler
@@ -277,21 +278,25 @@ def test_the_longest_unused_files_go_first_and_strangers_stay(
     assert all(path.exists() for path in strangers)
 
 
-def rows_of(matrix: Matrix) -> np.ndarray:
+def rows_of(kernels, matrix: Matrix) -> np.ndarray:
     ids = np.arange(matrix.num_out, dtype=np.int64)
     rows = np.zeros((matrix.num_out, matrix.num_in), dtype=np.float32)
     arguments = (matrix.ptr, ids.ctypes.data, len(ids), rows.ctypes.data, matrix.num_in)
-    assert library().xn_matrix_rows(*arguments) == 0
+    assert kernels.xn_matrix_rows(*arguments) == 0
     return rows
 
 
-@pytest.mark.parametrize("quantize", ["none", "w4g32"])
-def test_a_record_that_no_packer_makes_is_refused(quantize: str) -> None:
-    packer = Packer(library(), None)
+@pytest.mark.parametrize("isa", [i.name for i in ISAS])
+@pytest.mark.parametrize("weight_class", ["bf16", "w8g32", "w4g32"])
+def test_a_record_that_no_packer_makes_is_refused(weight_class: WeightClass, isa: str) -> None:
+    kernels = library(isa)
+    if kernels is None:
+        pytest.skip(f"the {isa} kernels are not built, or this CPU cannot run them")
+    packer = Packer(kernels, None)
     values = np.random.default_rng(0).standard_normal((40, 64), dtype=np.float32)
-    matrix = packer.values(values, "bf16" if quantize == "none" else "w4g32")
+    matrix = packer.values(values, weight_class)
     record, panels = packer.stored(matrix)
-    packer.over(record, panels, (40, 64))
+    assert_same(rows_of(kernels, packer.over(record, panels, (40, 64))), rows_of(kernels, matrix))
     refused = 0
     for at in range(len(record)):
         bad = bytearray(record)
@@ -301,7 +306,7 @@ def test_a_record_that_no_packer_makes_is_refused(quantize: str) -> None:
         except InternalError:
             refused += 1
         else:  # padding, or a number that is no offset: every row can still be read
-            assert np.isfinite(rows_of(found)).all()
+            assert np.isfinite(rows_of(kernels, found)).all()
     assert refused > len(record) // 2
     for wrong in (b"", record[:-1], record + b"\0"):
         with pytest.raises(InternalError):
