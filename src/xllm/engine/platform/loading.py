@@ -11,7 +11,7 @@ from xllm.engine.kernels.ops import Backend
 from xllm.engine.kernels.programs import MakePrograms
 from xllm.engine.model.layout import ORDER, kv_layout
 from xllm.engine.model.registry import find_model
-from xllm.engine.model.weights import load_weights, weight_bytes
+from xllm.engine.model.weights import Kept, load_weights, weight_bytes
 from xllm.engine.platform.base import BuiltRunner, TensorSource
 from xllm.engine.runner.kv_size import DTYPE_BYTES, choose_num_pages
 from xllm.engine.runner.runner import ModelRunner
@@ -37,9 +37,11 @@ def load_runner(
     report: tuple[str, ...],
     kv_order: str = ORDER,
     make_programs: MakePrograms | None = None,
+    kept: Kept | None = None,
 ) -> BuiltRunner:
     """`free_bytes` is asked before and after loading. `numerics` and `report` are the platform's own,
-    `kv_order` is how its backend keeps a page, `make_programs` how it records, if it does."""
+    `kv_order` is how its backend keeps a page, `make_programs` how it records, if it does, `kept` where
+    it keeps packed weights between starts."""
     model = find_model(arch.name)
     needed, free = weight_bytes(model.parameters(arch), DTYPE_BYTES[dtype]), free_bytes()
     if needed > free:
@@ -48,7 +50,7 @@ def load_runner(
             "choose a smaller model or dtype",
             param="dtype",
         )
-    weights = load_weights(model, arch, tensors, ops, max_model_len)
+    weights = load_weights(model, arch, tensors, ops, max_model_len, kept)
     # One layer has every shape of the others; vectors are not multiplied.
     shapes = [weights.layers[0][key] for key in ("qkv", "o", "gate_up", "down") if key in weights.layers[0]]
     ops.probe([*shapes, weights.top["head"]])
