@@ -1,1 +1,1 @@
-"""What serving costs beside the model: CPU time a streamed token and a step, with an engine that computes nothing."""
+"""CPU time that serving costs beside the model, a token and a step, with an engine that computes nothing."""

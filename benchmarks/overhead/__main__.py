@@ -22,9 +22,12 @@ READY = "ready: "
 
 
 @contextlib.contextmanager
-def server(step_ms: float) -> Iterator[tuple[int, int, int]]:
+def server(step_ms: float, model: str | None, more: list[str]) -> Iterator[tuple[int, int, int]]:
     """(port, pid of the front, pid of the engine)."""
-    command = [sys.executable, "-m", "benchmarks.overhead.server", str(step_ms)]
+    command = [sys.executable, "-m", "benchmarks.overhead.server", str(step_ms), *more]
+    if model is not None:
+        command = [sys.executable, "-m", "xllm.cli.main", "serve", model, "--port", "0", *more]
+        command += ["--served-model-name", "paced"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
@@ -58,10 +61,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--step-ms", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--model", help="a real model instead of the sleeping engine")
+    parser.add_argument("--serve-args", default="", help="more arguments of xllm serve, in one string")
     parser.add_argument("--chat", action="store_true", help="chat completions instead of completions")
     args = parser.parse_args()
     print("streams  front us/token  engine us/step  ms/step  tokens/s   (best of rounds, each by itself)")
-    with server(args.step_ms) as (port, front, engine):
+    with server(args.step_ms, args.model, args.serve_args.split()) as (port, front, engine):
         run_streams(port, max(args.streams), 32, chat=args.chat)
         for num in args.streams:
             rounds = [one_round(port, front, engine, num, args) for _ in range(args.rounds)]
