@@ -111,10 +111,13 @@ class LiveRequest:
             self.leave()
 
     def _take(self) -> Delta:
+        had_room = self._has_room
         delta = self._buffer.popleft()
         self._num_buffered -= _weight(delta)
-        self._stalled_since_s = None if self._has_room else self._clock.monotonic_s()
-        self._commit()
+        if not had_room:
+            # With room before, what is due has been committed when it came.
+            self._stalled_since_s = None if self._has_room else self._clock.monotonic_s()
+            self._commit()
         return delta
 
     # -- the front's side ---------------------------------------------------------------------
@@ -140,8 +143,10 @@ class LiveRequest:
         if self.journal.ended:
             self._end(None, abort=self._engine_goes_on(frame))
             return
-        self._commit()
-        if not self._has_room and self._stalled_since_s is None:
+        if self._has_room:
+            if delta is not None:
+                self._commit_choice(delta.choice)
+        elif self._stalled_since_s is None:
             self._stalled_since_s = self._clock.monotonic_s()
             self._arm()
 
@@ -173,11 +178,15 @@ class LiveRequest:
         """Extend the engine's credit while the consumer keeps up. A choice that has ended gets no more."""
         if self.ended or not self._has_room:
             return
-        for index, choice in enumerate(self.journal.choices):
-            count = len(choice.tokens)
-            if choice.finish_reason is None and count - self._committed[index] >= COMMIT_EVERY:
-                self._committed[index] = count
-                self._hooks.commit(self.request_id, index, count)
+        for index in range(len(self.journal.choices)):
+            self._commit_choice(index)
+
+    def _commit_choice(self, index: int) -> None:
+        choice = self.journal.choices[index]
+        count = len(choice.tokens)
+        if choice.finish_reason is None and count - self._committed[index] >= COMMIT_EVERY:
+            self._committed[index] = count
+            self._hooks.commit(self.request_id, index, count)
 
     def _engine_goes_on(self, frame: Frame) -> bool:
         """A stop string ended the request here, the engine does not know yet."""

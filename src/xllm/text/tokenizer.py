@@ -43,6 +43,7 @@ class Tokenizer:
         self._special = {t["id"]: t["content"] for t in spec.get("added_tokens", ()) if t.get("special")}
         self._added = {t["id"]: t["content"] for t in spec.get("added_tokens", ())}
         self._bytes: dict[int, bytes] = {}
+        self._whole_texts: dict[int, str | None] = {}
         self.bos_token_id: int | None = text_config.get("bos_token_id")
         self.eos_token_ids: tuple[int, ...] = _eos_ids(text_config)
 
@@ -179,6 +180,18 @@ class Tokenizer:
             data = self._token_bytes(token_id)
             self._bytes[token_id] = data
         return data
+
+    def whole_text(self, token_id: int) -> str | None:
+        """`token_bytes` as text if it is whole characters, so that it means the same after any others."""
+        try:
+            return self._whole_texts[token_id]
+        except KeyError:
+            try:
+                text = self.token_bytes(token_id).decode("utf-8")
+            except UnicodeDecodeError:
+                text = None
+            self._whole_texts[token_id] = text
+            return text
 
     def _token_bytes(self, token_id: int) -> bytes:
         token = self.id_to_token(token_id)
