@@ -63,6 +63,7 @@ class PlatformConfig:
 
     platform: str = option("auto", "native, cpu, cuda, null, or an entry point of xllm.platforms")
     num_threads: int | None = option(None, "compute threads; default: cores ÷ local instances")
+    cpus: str | None = option(None, "CPUs that the engine's threads are bound to, e.g. 0-3,8; default: none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
