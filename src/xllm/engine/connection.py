@@ -15,7 +15,8 @@ from collections import deque
 from xllm.wire.codec import FrameSplitter, WireError, decode_front, encode
 from xllm.wire.messages import EngineMessage, FrontMessage
 
-_READ_BYTES = 1 << 18
+_READ_BYTES = 1 << 16
+"""Below the size from which the allocator maps and unmaps memory for every read."""
 
 
 class Connection:

@@ -70,7 +70,8 @@ class LiveRequest:
         self._buffer: deque[Delta] = deque()
         self._num_buffered = 0
         self._committed = [0] * len(journal.choices)
-        self._wake = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._waiters: list[asyncio.Future[None]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._arm()
 
@@ -82,8 +83,9 @@ class LiveRequest:
     async def wait_ready(self) -> None:
         """Return once a delta or the end can be had without waiting. May be cancelled without harm."""
         while not self._buffer and not self.ended:
-            self._wake.clear()
-            await self._wake.wait()
+            waiter = self._loop.create_future()
+            self._waiters.append(waiter)
+            await waiter
 
     async def aclose(self) -> None:
         """Abort the request unless it has ended; idempotent."""
@@ -139,7 +141,7 @@ class LiveRequest:
             self._buffer.append(delta)
             self._num_buffered += _weight(delta)
             self._hooks.delivered(self, delta)
-            self._wake.set()
+            self._notify()
         if self.journal.ended:
             self._end(None, abort=self._engine_goes_on(frame))
             return
@@ -192,6 +194,12 @@ class LiveRequest:
         """A stop string ended the request here, the engine does not know yet."""
         return not frame.last and any(isinstance(c.stop_reason, str) for c in self.journal.choices)
 
+    def _notify(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():  # cancelled
+                waiter.set_result(None)
+
     def _drop_buffer(self) -> None:
         self._buffer.clear()
         self._num_buffered = 0
@@ -204,7 +212,7 @@ class LiveRequest:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._wake.set()
+        self._notify()
         self._hooks.ended(self, abort)
 
     def _stall_due_s(self) -> float | None:
@@ -218,7 +226,7 @@ class LiveRequest:
         if due:
             # At least a tick: the loop's clock and ours may differ by a rounding.
             delay_s = max(0.001, min(due) - self._clock.monotonic_s())
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self.check_time)
+            self._timer = self._loop.call_later(delay_s, self.check_time)
 
 
 def _weight(delta: Delta) -> int:
