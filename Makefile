@@ -15,7 +15,7 @@ TEST_STAMP := $(VENV)/.xllm-test-setup
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test-setup kernels model serve test lint null reference native integration robustness bench-ttft bench-serve bench-client bench-peers bench-compare bench-perplexity freeze clean
+.PHONY: help setup test-setup kernels model serve test lint null reference native integration robustness bench-ttft bench-serve bench-client bench-overhead bench-peers bench-compare bench-perplexity freeze clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -83,6 +83,11 @@ bench-serve: setup kernels  ## `xllm bench serve` at several request rates again
 
 bench-client: setup  ## how many tokens a second the load generator itself can take
 	@$(BIN)/python benchmarks/client_limit.py
+
+# No model is needed: steps take a fixed time and no CPU.
+bench-overhead: setup  ## CPU time of front and engine around a step that computes nothing
+	@$(BIN)/python -m benchmarks.overhead.front
+	@$(BIN)/python -m benchmarks.overhead
 
 # PEERS: the folder of the peers' virtual environments, weights and logs; it may be shared by checkouts.
 # ARGS: of the command, e.g. make bench-compare ARGS="--quick" or ARGS="--rates 1 1.5 2 --concurrency".

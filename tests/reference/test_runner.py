@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 import numpy as np
 import pytest
 
@@ -49,7 +48,7 @@ def plan_of(seq_id: int, page: int, tokens: tuple[int, ...], **changes: object) 
         first_logit_row=len(tokens) - 1,
         sample=SampleOp(params=GREEDY, seed=0, choices=(0,), offset=0),
     )
-    return dataclasses.replace(base, **changes)
+    return msgspec.structs.replace(base, **changes)
 
 
 def test_a_failure_to_sample_ends_that_sequence_only(runner) -> None:

@@ -70,6 +70,7 @@ class PlatformConfig:
     programs: Literal["auto", "on", "off"] = option(
         "auto", "replay recorded steps instead of calling op by op; auto = where the platform can"
     )
+    cpus: str | None = option(None, "CPUs that the engine's threads are bound to, e.g. 0-3,8; default: none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

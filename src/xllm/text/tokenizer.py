@@ -47,6 +47,7 @@ class Tokenizer:
         self._swallows = any(t.get("lstrip") or t.get("rstrip") for t in added)
         self._num_tokens, self._longest_token = self._vocabulary_facts(spec)
         self._bytes: dict[int, bytes] = {}
+        self._whole_texts: dict[int, str | None] = {}
         self.bos_token_id: int | None = text_config.get("bos_token_id")
         self.eos_token_ids: tuple[int, ...] = _eos_ids(text_config)
 
@@ -192,6 +193,18 @@ class Tokenizer:
             data = self._token_bytes(token_id)
             self._bytes[token_id] = data
         return data
+
+    def whole_text(self, token_id: int) -> str | None:
+        """`token_bytes` as text if it is whole characters, so that it means the same after any others."""
+        try:
+            return self._whole_texts[token_id]
+        except KeyError:
+            try:
+                text = self.token_bytes(token_id).decode("utf-8")
+            except UnicodeDecodeError:
+                text = None
+            self._whole_texts[token_id] = text
+            return text
 
     def _token_bytes(self, token_id: int) -> bytes:
         token = self.id_to_token(token_id)

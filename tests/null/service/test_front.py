@@ -410,6 +410,18 @@ async def test_an_engine_without_its_text_assets_is_refused_and_closed(house: Ho
         await house.engines[0].stream.send(Drain())
 
 
+async def test_a_frame_of_another_attempt_may_name_any_choice(house: House) -> None:
+    engine = await house.engine(auto=False)
+    stream = await house.submit(max_tokens=1)
+    await engine.saw(Submit)
+    for choice in (-7, 99):
+        engine.say(Frame(request_id=stream.request_id, attempt=3, choice=choice, tokens=byte_ids("x")))
+    engine.step()
+    deltas, _ = await outcome(stream)
+    assert text_of(deltas) == "h"
+    assert stream.error is None
+
+
 async def test_an_instance_cannot_speak_for_a_request_of_another(house: House) -> None:
     one, two = [await house.engine(auto=False) for _ in range(2)]
     stream = await house.submit()
