@@ -27,7 +27,7 @@ from xllm import LLM, SamplingParams
 from xllm.artifacts import resolve
 
 REFERENCE = "float32"
-ENCODINGS = (REFERENCE, "bf16", "q8_0", "q4_1")
+ENCODINGS = (REFERENCE, "bf16", "q8_0", "q4_1", "q4_0")
 WINDOWS_AT_ONCE = 8
 
 
