@@ -198,13 +198,13 @@ def markdown(
         lines += [
             f"## {load.name}: {what} tokens/s",
             "",
-            *_table((COLUMNS, *rows(results, load, ceilings))),
+            *table((COLUMNS, *rows(results, load, ceilings))),
             "",
         ]
         lines += best(results, load)
     lines += goodput.section(results, loads)
     lines += single_stream(results, loads, ceilings)
-    lines += ["## Engines", "", *_table((_ENGINE_COLUMNS, *_engine_rows(results, perplexity))), ""]
+    lines += ["## Engines", "", *table((_ENGINE_COLUMNS, *_engine_rows(results, perplexity))), ""]
     lines += [
         f"* {r.entry.name}: {'; '.join(f'{k} {v}' for k, v in r.about.items())}" for r in results if r.about
     ]
@@ -230,7 +230,7 @@ def _engine_rows(results: Sequence[Result], perplexity: Mapping[str, str]) -> li
     return made
 
 
-def _table(cells: Sequence[Sequence[str]]) -> list[str]:
+def table(cells: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[index]) for row in cells) for index in range(len(cells[0]))]
 
     def line(row: Sequence[str]) -> str:
