@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
-from benchmarks.compare import goodput, report
+from benchmarks.compare import goodput, perplexity, report
 from benchmarks.compare.load import Load, loads, prefills
 from benchmarks.compare.perplexity import compare
 from benchmarks.compare.rounds import Result
@@ -121,6 +123,26 @@ def test_perplexity_compares_window_by_window() -> None:
     assert score.change == pytest.approx(np.exp(0.1) - 1)
     assert score.error == pytest.approx(0.0, abs=1e-9)
     assert score.num_tokens == 20
+
+
+def test_kept_reference_losses_are_used_for_the_same_texts_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    def measure(_args: Any, _folder: Path, weights: str) -> dict[str, list[float]]:
+        measured.append(weights)
+        return {"prose": [float(len(measured))]}
+
+    monkeypatch.setattr(perplexity, "measure", measure)
+    monkeypatch.setattr(perplexity, "resolve", lambda _: SimpleNamespace(weights_digest=lambda: "digest"))
+    monkeypatch.setattr(perplexity, "version", lambda _: "1")
+    args = argparse.Namespace(model="m", tokens=10, window=5, reference_cache=tmp_path)
+    first = perplexity.reference(args, tmp_path, {"prose": "a"})
+    assert perplexity.reference(args, tmp_path, {"prose": "a"}) == first == {"prose": [1.0]}
+    assert perplexity.reference(args, tmp_path, {"prose": "b"}) == {"prose": [2.0]}
+    args.window = 6
+    assert perplexity.reference(args, tmp_path, {"prose": "b"}) == {"prose": [3.0]}
 
 
 def test_every_encoding_of_a_peer_has_one_of_ours_to_stand_against() -> None:
