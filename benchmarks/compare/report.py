@@ -51,7 +51,9 @@ def rows(results: Sequence[Result], load: Load, ceilings: Ceilings) -> list[tupl
     for result in results:
         turns = result.turns.get(load.name, [])
         if not turns:
-            made.append((result.entry.name, "missing", *[""] * (len(COLUMNS) - 2)))
+            made.append(
+                (result.entry.name, "missing" if result.problem else "left out", *[""] * (len(COLUMNS) - 2))
+            )
             continue
         speed = Spread.of(column(turns, load.speed_key))
         made.append(

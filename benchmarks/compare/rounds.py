@@ -22,6 +22,13 @@ from benchmarks.compare.settings import Entry
 from xllm.cli.bench.metrics import summarise
 
 Say = Callable[[str], None]
+LeftOut = Callable[[Entry, Load], bool]
+
+
+def nothing(_entry: Entry, _load: Load) -> bool:
+    """The `left_out` of a whole comparison."""
+    return False
+
 
 MAX_SETTLE_S = 5.0
 MAX_IDLE_CORES = 0.1
@@ -56,7 +63,7 @@ def compare(
     ready_timeout_s: float,
     logs: Path,
     say: Say,
-    left_out: Callable[[Entry, Load], bool] = lambda _entry, _load: False,
+    left_out: LeftOut = nothing,
 ) -> tuple[list[Result], int]:
     """Results in the order of `entries`, and how many whole rounds there were.
 
@@ -67,7 +74,7 @@ def compare(
         running = [
             r for result in results if (r := begin(result, context, ready_timeout_s, logs, stack, say))
         ]
-        warm_up(running, loads, say)
+        warm_up(running, loads, say, left_out)
         done, longest_s = 0, 0.0
         while done < num_rounds and (done == 0 or time.monotonic() + longest_s < until_s):
             began = time.monotonic()
@@ -104,9 +111,11 @@ def begin(
     return Running(result, engine)
 
 
-def warm_up(running: Sequence[Running], loads: Sequence[Load], say: Say) -> None:
+def warm_up(running: Sequence[Running], loads: Sequence[Load], say: Say, left_out: LeftOut = nothing) -> None:
     for one in running:
         for load in loads:
+            if left_out(one.result.entry, load):
+                continue
             asks, at_s = load.warm_up()
             _guarded(one, lambda: one.engine.measure(asks, at_s, load.concurrency), say)  # noqa: B023
 

@@ -52,6 +52,12 @@ def test_a_missing_peer_makes_the_table_incomplete() -> None:
     assert any("llama.cpp" in line and "not installed" in line for line in told)
 
 
+def test_what_was_left_out_on_purpose_is_not_called_missing() -> None:
+    left, gone = result("vllm", [1.0]), result("llama.cpp", [])
+    left.turns = {}
+    assert [row[1] for row in report.rows([left, gone], LOAD, {})] == ["left out", "missing"]
+
+
 @pytest.mark.parametrize(
     ("more", "word"),
     [
