@@ -17,6 +17,7 @@ from benchmarks import native_step
 from benchmarks.compare import machine, perplexity, report
 from benchmarks.compare.adapters import ADAPTERS, Context
 from benchmarks.compare.load import Load, loads, prefills
+from benchmarks.compare.process import end_in_order
 from benchmarks.compare.rounds import Result, compare
 from benchmarks.compare.settings import ENTRIES, Entry
 from benchmarks.compare.weights import GGUF_TYPES, encode
@@ -93,6 +94,7 @@ def chosen(args: argparse.Namespace) -> list[Entry]:
 
 def main() -> int:
     began = time.monotonic()
+    end_in_order()
     args = parser().parse_args()
     if args.quick:
         args.shapes, args.concurrency, args.rates = [(128, 32)], [8], []

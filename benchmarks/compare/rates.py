@@ -25,7 +25,7 @@ from benchmarks.compare.__main__ import MARGIN, RESULTS, shape
 from benchmarks.compare.adapters import Context
 from benchmarks.compare.limits import MIN_CONFIRMING, Promise, Reading
 from benchmarks.compare.load import Load
-from benchmarks.compare.process import EngineFailed
+from benchmarks.compare.process import EngineFailed, end_in_order
 from benchmarks.compare.report import table
 from benchmarks.compare.rounds import Result, Running, Say, begin, settle, warm_up
 from benchmarks.compare.search import Found, Search, index_of, rate_of
@@ -206,6 +206,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     began = time.monotonic()
+    end_in_order()
     args = parser().parse_args()
     head = {
         "command": shlex.join(["python", "-m", "benchmarks.compare.rates", *sys.argv[1:]]),
