@@ -230,14 +230,29 @@ def test_a_page_given_back_inside_the_reach_of_a_row_is_refused(ops) -> None:
         ops.attention_plan(layers, 4, [KVSpan(row=0, num_rows=1, start=256, pages=held)], 1)
 
 
-def test_copied_and_cleared_pages(ops) -> None:
-    layers = group(2, 32)
-    pages = ops.kv_pages(layers, 3)
+@pytest.mark.parametrize("fill", [0xFF, 0x7F], ids=["nan", "large"])
+@pytest.mark.parametrize("pieces", [[203], *PIECES.values()], ids=["whole", *PIECES])
+def test_what_a_former_owner_left_in_a_page_changes_no_bit(ops, monkeypatch, fill: int, pieces) -> None:
+    q, k, v = sequence("gqa", 203)
+    clean = attend(ops, ops.rows, "gqa", q, k, v, [203])
+    fresh = ops.kv_pages
+
+    def used(layers: KVGroup, num_pages: int):
+        pages = fresh(layers, num_pages)
+        pages.array[...] = fill
+        ops.zero_pages(pages, range(num_pages))
+        return pages
+
+    monkeypatch.setattr(ops, "kv_pages", used)
+    assert_same(attend(ops, ops.rows, "gqa", q, k, v, pieces), clean)
+
+
+def test_a_copied_page_holds_the_same(ops) -> None:
+    pages = ops.kv_pages(group(2, 32), 3)
     pages.array[0] = 7
     ops.copy_page(pages, 0, 2)
-    ops.zero_pages(pages, [0])
-    assert not pages.array[0].any()
     assert (pages.array[2] == 7).all()
+    assert not pages.array[1].any()
 
 
 def test_memory_of_dropped_activations_is_reused(ops) -> None:

@@ -17,7 +17,7 @@ from xllm.engine.platform.loading import load_runner, resolve_dtype
 from xllm.engine.sampling import Sampler
 from xllm.errors import ConfigError
 
-KERNELS_VERSION = "native-1"
+KERNELS_VERSION = "native-2"
 """Raised whenever a change of the kernels may change a bit of the logits."""
 
 _DTYPE = "bfloat16"

@@ -21,13 +21,15 @@ from xllm.engine.kernels.native.packing import Packer, WeightClass
 from xllm.engine.kernels.native.plan import make_plan
 from xllm.engine.kernels.ops import F32, I64, Buffer, KVSpan, RopeTable
 from xllm.errors import InternalError
-from xllm.types import PAGE_SIZE, KVGroup
+from xllm.types import KVGroup
 
 HEAD_MULTIPLE = 16
 """The attention kernel takes head sizes that are multiples of this."""
 
 KV_ORDER = "page,kv,layer,head,pairs"
 """K tiles are [dim/2][token][2], V tiles [token/2][dim][2], so that both products read pairs in a row."""
+
+_KV_BYTES = 2
 
 _PROBE_ROWS = (1, 3, 7, 16)
 
@@ -154,17 +156,15 @@ class NativeOps:
         return Buffer(Indices(values))
 
     def kv_pages(self, group: KVGroup, num_pages: int) -> Buffer:
-        elements = 2 * len(group.layers) * group.num_kv_heads * PAGE_SIZE * group.head_dim
-        return Buffer(Pages(num_pages, elements))
+        return Buffer(Pages(num_pages, group.page_bytes(_KV_BYTES)))
 
     def copy_page(self, pages: Buffer, src: int, dst: int) -> None:
         array = _pages(pages).array
         array[dst] = array[src]
 
     def zero_pages(self, pages: Buffer, which: Sequence[int]) -> None:
-        array = _pages(pages).array
-        for page in which:
-            array[page] = 0
+        """Nothing is cleared here: the kernel does it as it writes (`Pages`)."""
+        _pages(pages).take(which)
 
     def attention_plan(
         self, group: KVGroup, num_heads: int, spans: Sequence[KVSpan], num_rows: int
