@@ -108,17 +108,19 @@ struct Scratch {
     uint16_t* queries;   // (folded, E)
     float* most;         // (folded)
     int64_t* positions;  // (folded)
+    uint16_t* wide;      // (2, 64 · E) a block's K and V in bf16, where pages hold codes
 
     bool fit(int64_t folded, int64_t head_dim) {
         const int64_t rows = (folded + 15) / 16 * 16;
-        const int64_t wanted = rows * (head_dim * 6 + kLanes * 4 + 4 + 8);
+        const int64_t wanted = rows * (head_dim * 6 + kLanes * 4 + 4 + 8) + 4 * kPage * head_dim;
         if (wanted > size) {
             std::free(memory);
             memory = static_cast<uint8_t*>(std::aligned_alloc(64, (wanted + 63) / 64 * 64));
             size = memory == nullptr ? 0 : wanted;
             if (memory == nullptr) return false;
         }
-        sums = reinterpret_cast<float*>(memory);
+        wide = reinterpret_cast<uint16_t*>(memory);
+        sums = reinterpret_cast<float*>(wide + 2 * kPage * head_dim);
         totals = sums + rows * head_dim;
         queries = reinterpret_cast<uint16_t*>(totals + rows * kLanes);
         most = reinterpret_cast<float*>(queries + rows * head_dim);
@@ -132,7 +134,7 @@ thread_local Scratch scratch;
 
 struct Call {
     const xn_attention_plan* plan;
-    uint16_t* pages;
+    uint8_t* pages;
     int64_t layer;
     const float *q, *k, *v;
     int64_t ldq, ldk, ldv;
@@ -143,9 +145,17 @@ struct Call {
     int64_t stride;  // items run at once: how far ahead this thread's next item is
     bool failed;
 
-    uint16_t* tile(int64_t page, int64_t which, int64_t kv_head) const {
+    bool coded() const { return plan->kv_class == XN_KV_INT8; }
+    uint8_t* bytes(int64_t page, int64_t which, int64_t kv_head) const {
         const int64_t index = ((page * 2 + which) * plan->num_layers + layer) * plan->num_kv_heads + kv_head;
-        return pages + index * kPage * plan->head_dim;
+        return pages + index * kPage * (coded() ? plan->head_dim + 4 : 2 * plan->head_dim);
+    }
+    uint16_t* tile(int64_t page, int64_t which, int64_t kv_head) const {
+        return reinterpret_cast<uint16_t*>(bytes(page, which, kv_head));
+    }
+    // Behind the codes of a tile stand its positions' scales.
+    float* scales(int64_t page, int64_t which, int64_t kv_head) const {
+        return reinterpret_cast<float*>(bytes(page, which, kv_head) + kPage * plan->head_dim);
     }
 };
 
@@ -158,9 +168,15 @@ inline void round_row(const float* from, int64_t size, uint16_t* to) {
     for (int64_t d = 0; d < size; d += kLanes) store_bf16(to + d, load(from + d));
 }
 
+struct Item {
+    int32_t span, first, rows;
+};
+
 int64_t item_height(const xn_attention_plan& plan) {
     return std::max<int64_t>(1, kFolded / (plan.num_heads / plan.num_kv_heads));
 }
+
+void write_codes(const Call& call, const xn_span& span, int64_t kv_head, int64_t first, int64_t end);
 
 // Rows first … end − 1 of a span into the tiles of one KV head, two at a time where they share a pair of V.
 //
@@ -169,6 +185,7 @@ int64_t item_height(const xn_attention_plan& plan) {
 // for 16 positions at once; so whoever writes the first of 16 positions clears the other 15, unless they follow
 // in the same call. Positions of a sequence are written in order, so what is cleared was not valid.
 void write_rows(const Call& call, const xn_span& span, int64_t kv_head, int64_t first, int64_t end) {
+    if (call.coded()) return write_codes(call, span, kv_head, first, end);
     const int64_t size = call.plan->head_dim;
     const int64_t* pages = call.plan->page_table + span.first_page;
     alignas(64) uint16_t one[kMaxHead], two[kMaxHead];
@@ -200,6 +217,71 @@ void write_rows(const Call& call, const xn_span& span, int64_t kv_head, int64_t 
             for (int64_t d = 0; d < size; d++) pairs[d] = (pairs[d] & 0xffff) | uint32_t(one[d]) << 16;
         }
     }
+}
+
+// x (size) → codes −127 … 127 and the scale that makes them values again.
+inline float to_codes(const float* x, int64_t size, int8_t* codes) {
+    vf top{};
+    for (int64_t d = 0; d < size; d += kLanes) {
+        const vf v = load(x + d);
+        top = max(max(v, -v), top);
+    }
+    const float most = highest(top);
+    const vf magic = splat(12582912.0f), factor = splat(most > 0.0f ? 127.0f / most : 0.0f);
+    int32_t whole[kMaxHead];
+    for (int64_t d = 0; d < size; d += kLanes) {
+        const vi v = bits(load(x + d) * factor + magic) - bits(magic);
+        std::memcpy(whole + d, &v, sizeof v);
+    }
+    for (int64_t d = 0; d < size; d++) codes[d] = int8_t(std::max(-127, std::min(127, whole[d])));
+    return most / 127.0f;
+}
+
+// The same as `write_rows` for pages of codes. Codes are finite whatever they are, so only scales are cleared.
+void write_codes(const Call& call, const xn_span& span, int64_t kv_head, int64_t first, int64_t end) {
+    const int64_t size = call.plan->head_dim;
+    const int64_t* pages = call.plan->page_table + span.first_page;
+    int8_t codes[kMaxHead];
+    for (int64_t i = first; i < end; i++) {
+        const int64_t page = pages[(span.start + i) / kPage], slot = (span.start + i) % kPage;
+        const int64_t row = span.row + i, column = kv_head * size;
+        uint8_t* keys = call.bytes(page, 0, kv_head) + 2 * slot;
+        call.scales(page, 0, kv_head)[slot] = to_codes(call.k + row * call.ldk + column, size, codes);
+        for (int64_t d = 0; d < size; d += 2) std::memcpy(keys + d * kPage, codes + d, 2);
+        uint8_t* values = call.bytes(page, 1, kv_head) + (slot / 2) * 2 * size + (slot & 1);
+        float* scales = call.scales(page, 1, kv_head);
+        if (slot % kColumns == 0) std::memset(scales + slot, 0, kColumns * sizeof(float));
+        scales[slot] = to_codes(call.v + row * call.ldv + column, size, codes);
+        for (int64_t d = 0; d < size; d++) values[2 * d] = uint8_t(codes[d]);
+    }
+}
+
+// `count` codes, a multiple of 32, as bf16: exact, they have 7 bits.
+inline void widen(const uint8_t* from, int64_t count, uint16_t* to) {
+#if defined(__AVX512BF16__)
+    for (int64_t i = 0; i < count; i += 32) {
+        const __m512 low = _mm512_cvtepi32_ps(
+            _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+        const __m512 high = _mm512_cvtepi32_ps(
+            _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i + 16))));
+        _mm512_storeu_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+#else
+    for (int64_t i = 0; i < count; i++) {
+        const float value = float(int8_t(from[i]));
+        uint32_t word;
+        std::memcpy(&word, &value, 4);
+        to[i] = uint16_t(word >> 16);
+    }
+#endif
+}
+
+// The first `held` positions of a block's codes.
+void widen_block(const Call& call, int64_t page, int64_t kv_head, int64_t held, uint16_t* wide) {
+    const int64_t size = call.plan->head_dim;
+    const uint8_t* keys = call.bytes(page, 0, kv_head);
+    for (int64_t d = 0; d < size; d += 2) widen(keys + d * kPage, 2 * held, wide + d * kPage);
+    widen(call.bytes(page, 1, kv_head), held * size, wide + kPage * size);
 }
 
 // Spans that one item covers are written by their items; of the others every item reads what others wrote.
@@ -247,6 +329,11 @@ inline uint64_t seen_between(int64_t first, int64_t last) {
         & (~uint64_t{0} << std::max<int64_t>(first, 0));
 }
 
+inline void scale_scores(float* scores, int vectors, const float* scales) {
+    for (int i = 0; i < vectors; i++)
+        store(scores + i * kLanes, load(scores + i * kLanes) * load(scales + i * kLanes));
+}
+
 inline void cap_scores(float* scores, int vectors, float scale, float softcap) {
     for (int i = 0; i < vectors; i++) {
         float* at = scores + i * kLanes;
@@ -282,12 +369,18 @@ struct Row {
     float* sums;    // weighted V so far
 };
 
+// What a block's codes are multiplied by, position by position; null where pages hold values.
+struct Scales {
+    const float *keys, *values;
+};
+
 // Scores of one row for `vectors` vectors of positions → weights 2^((score − highest) · factor) as bf16.
 // Scales what was summed so far when the highest rises. kAll: every position of the block is seen.
-template <bool kAll>
+// Scales of V go into the weights before they are rounded, but not into their sum.
+template <bool kAll, bool kCoded>
 inline void weigh(
     const float* scores, int vectors, uint64_t seen, float factor, const Row& row, int64_t head_dim,
-    uint16_t* weights) {
+    const Scales& scales, uint16_t* weights) {
     constexpr int kMost = kPage / kLanes;
     if (kAll) vectors = kMost;
     vf s[kMost];
@@ -313,13 +406,26 @@ inline void weigh(
         if (i >= vectors) break;
         s[i] = weight_of(fma(s[i], splat(factor), offset));
         if (!kAll) s[i] = select(lanes(seen, i), s[i], vf{});
+        if (kCoded) {
+            total += s[i];
+            s[i] *= load(scales.values + i * kLanes);
+        }
     }
-    store(row.totals, keep_weights<kMost>(s, vectors, total, weights));
+    const vf rounded = keep_weights<kMost>(s, vectors, total, weights);
+    store(row.totals, kCoded ? total : rounded);
 }
 
 // Accumulators' widths of a block that a row at `last_seen` (of that block) has anything to do with.
 inline int columns_for(int64_t last_seen) {
     return int(std::min<int64_t>(kPage / kColumns, last_seen / kColumns + 1));
+}
+
+// K and V of a block of codes, with their scales.
+void prefetch_codes(const Call& call, int64_t page, int64_t kv_head) {
+    for (int which = 0; which < 2; which++) {
+        const uint8_t* from = call.bytes(page, which, kv_head);
+        for (int64_t i = 0; i < kPage * (call.plan->head_dim + 4); i += 64) __builtin_prefetch(from + i, 0, 2);
+    }
 }
 
 void prefetch_item(const Call& call, int64_t index) {
@@ -328,12 +434,18 @@ void prefetch_item(const Call& call, int64_t index) {
     const int32_t* item = plan.items + 3 * (index / plan.num_kv_heads);
     const xn_span& span = plan.spans[item[0]];
     const int64_t block = first_block(plan, span, item[1]);
-    const uint16_t* keys = call.tile(plan.page_table[span.first_page + block], 0, index % plan.num_kv_heads);
+    const int64_t page = plan.page_table[span.first_page + block], kv_head = index % plan.num_kv_heads;
+    if (call.coded()) {
+        prefetch_codes(call, page, kv_head);
+        return;
+    }
+    const uint16_t* keys = call.tile(page, 0, kv_head);
     const int columns = columns_for(span.start + item[1] + item[2] - 1 - block * kPage);
     for (int64_t pair = 0; pair < plan.head_dim / 2; pair++)
         for (int i = 0; i < columns; i++) __builtin_prefetch(keys + pair * 2 * kPage + i * kLine, 0, 2);
 }
 
+template <bool kCoded>
 void attend(const Call& call, int64_t index, const Scratch& room) {
     const auto& plan = *call.plan;
     const int32_t* item = plan.items + 3 * (index / plan.num_kv_heads);
@@ -356,12 +468,21 @@ void attend(const Call& call, int64_t index, const Scratch& room) {
     alignas(64) uint16_t weights[kRows * kPage];
     for (int64_t block = first_block(plan, span, first); block <= last_block; block++) {
         const int64_t begin = block * kPage;
-        const uint16_t* keys = call.tile(pages[block], 0, kv_head);
-        const uint16_t* values = call.tile(pages[block], 1, kv_head);
         const bool more = block < last_block;
-        const uint16_t* next = more ? call.tile(pages[block + 1], 0, kv_head) : keys;
+        const uint16_t *keys = room.wide, *values = room.wide + kPage * size, *next = keys;
+        Scales scales{nullptr, nullptr};
+        bool ahead = !kCoded;  // the first rows of an item draw in what its other rows will find
+        if (kCoded) {
+            scales = {call.scales(pages[block], 0, kv_head), call.scales(pages[block], 1, kv_head)};
+            const int64_t held = columns_for(last - begin) * kColumns;
+            widen_block(call, pages[block], kv_head, held, room.wide);
+            if (more) prefetch_codes(call, pages[block + 1], kv_head);
+        } else {
+            keys = call.tile(pages[block], 0, kv_head);
+            values = call.tile(pages[block], 1, kv_head);
+            if (more) next = call.tile(pages[block + 1], 0, kv_head);
+        }
         const int next_columns = more ? columns_for(last - begin - kPage) : 0;
-        bool ahead = true;  // the first rows of an item draw in what its other rows will find
         for (int64_t f = 0, left = (folded + kRows - 1) / kRows; left > 0; left--) {
             // Groups of nearly equal height: 4 + 3 rows take less time than 6 + 1.
             const int count = int((folded - f + left - 1) / left);
@@ -381,12 +502,14 @@ void attend(const Call& call, int64_t index, const Scratch& room) {
                     room.most[at + i], room.totals + (at + i) * kLanes, room.sums + (at + i) * size};
                 float* from = scores + i * kPage;
                 uint16_t* to = weights + i * kPage;
+                if (kCoded) scale_scores(from, vectors, scales.keys);
                 if (call.softcap != 0.0f) cap_scores(from, vectors, call.scale, call.softcap);
-                if (first_seen <= 0 && last_seen >= kPage - 1) {
-                    weigh<true>(from, vectors, 0, call.factor, row, size, to);
+                const bool all = first_seen <= 0 && last_seen >= kPage - 1;
+                if (all) {
+                    weigh<true, kCoded>(from, vectors, 0, call.factor, row, size, scales, to);
                 } else {
                     const uint64_t seen = seen_between(first_seen, last_seen);
-                    weigh<false>(from, vectors, seen, call.factor, row, size, to);
+                    weigh<false, kCoded>(from, vectors, seen, call.factor, row, size, scales, to);
                 }
             }
             for (int64_t d = 0; d < size; d += kWide * kColumns) {
@@ -433,11 +556,22 @@ int64_t xn_attention_items(const xn_attention_plan* plan, int32_t* items, int64_
             count++;
         }
     }
+    // A long item taken last would leave the other threads idle.
+    auto* list = reinterpret_cast<Item*>(items);
+    const auto num_blocks = [plan](const Item& item) {
+        const xn_span& span = plan->spans[item.span];
+        return (span.start + item.first + item.rows - 1) / kPage - first_block(*plan, span, item.first);
+    };
+    std::sort(list, list + std::min(count, max_items), [&](const Item& a, const Item& b) {
+        const int64_t left = num_blocks(a), right = num_blocks(b);
+        if (left != right) return left > right;
+        return a.span != b.span ? a.span < b.span : a.first > b.first;
+    });
     return count;
 }
 
 int32_t xn_attention(
-    xn_pool* pool, const xn_attention_plan* plan, uint16_t* pages, int64_t layer, const float* q, int64_t ldq,
+    xn_pool* pool, const xn_attention_plan* plan, void* pages, int64_t layer, const float* q, int64_t ldq,
     const float* k, int64_t ldk, const float* v, int64_t ldv, float scale, float softcap, float* y,
     int64_t ldy) {
     if (plan->head_dim % kColumns || plan->head_dim > kMaxHead || plan->num_heads % plan->num_kv_heads
@@ -446,14 +580,14 @@ int32_t xn_attention(
     constexpr float kLog2e = 1.44269504088896341f;
     // Capped scores are scaled already.
     const float factor = softcap != 0.0f ? kLog2e : scale * kLog2e;
-    Call call{plan, pages, layer, q, k, v, ldq, ldk, ldv, scale, softcap, factor, y, ldy, 1, false};
+    Call call{plan, static_cast<uint8_t*>(pages), layer, q, k, v, ldq, ldk, ldv, scale, softcap, factor, y, ldy, 1, false};
     if (pool != nullptr) call.stride = xn_pool_size(pool);
     write_long_spans(pool, call);
     const auto run = [](void* raw, int64_t index, int32_t) {
         auto& c = *static_cast<Call*>(raw);
         const int64_t folded = item_height(*c.plan) * (c.plan->num_heads / c.plan->num_kv_heads);
         if (scratch.fit(folded, c.plan->head_dim)) {
-            attend(c, index, scratch);
+            (c.coded() ? attend<true> : attend<false>)(c, index, scratch);
         } else {
             __atomic_store_n(&c.failed, true, __ATOMIC_RELAXED);
         }

@@ -35,6 +35,12 @@ def ops(request: pytest.FixtureRequest) -> NativeOps:
 
 
 @pytest.fixture(scope="module")
+def coded(ops: NativeOps) -> NativeOps:
+    """The same library with KV pages of 8-bit codes."""
+    return NativeOps(ops._lib, 2, kv_dtype="int8")
+
+
+@pytest.fixture(scope="module")
 def reference() -> TorchOps:
     return TorchOps("float32")
 
@@ -198,6 +204,40 @@ def test_attention_in_pieces_changes_no_bit(ops, case: str, pieces: list[int]) -
     q, k, v = sequence(case, 203)
     whole = attend(ops, ops.rows, case, q, k, v, [203])
     assert_same(attend(ops, ops.rows, case, q, k, v, pieces), whole)
+
+
+def as_codes(x: np.ndarray, head_dim: int) -> np.ndarray:
+    """What int8 pages make of K or V: 127 steps to a position's highest magnitude in a head."""
+    heads = x.reshape(len(x), -1, head_dim)
+    most = np.abs(heads).max(axis=2, keepdims=True)
+    codes = np.rint(heads * (np.float32(127.0) / most))
+    return (codes * (most / np.float32(127.0))).reshape(x.shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_attention_over_coded_pages_agrees_with_the_reference(coded, reference, case: str) -> None:
+    q, k, v = sequence(case, 203)
+    found = attend(coded, coded.rows, case, q, k, v, [203])
+    q = torch.from_numpy(q).bfloat16().float().numpy()
+    size = CASES[case][2]
+    expected = attend(reference, torch.from_numpy, case, q, as_codes(k, size), as_codes(v, size), [203])
+    np.testing.assert_allclose(found, expected, atol=6e-3, rtol=6e-3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_attention_over_coded_pages_in_pieces_changes_no_bit(coded, monkeypatch, case: str) -> None:
+    q, k, v = sequence(case, 203)
+    whole = attend(coded, coded.rows, case, q, k, v, [203])
+    fresh = coded.kv_pages
+
+    def used(layers: KVGroup, num_pages: int):
+        pages = fresh(layers, num_pages)
+        pages.array[...] = 0xFF  # scales are NaN
+        return pages
+
+    monkeypatch.setattr(coded, "kv_pages", used)
+    for pieces in PIECES.values():
+        assert_same(attend(coded, coded.rows, case, q, k, v, pieces), whole)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -13,7 +13,7 @@ from typing import Any
 from xllm.engine.kernels.native.isa import cpu_flags, find_library, usable
 from xllm.errors import InternalError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ERROR_MEMORY = 1
 
 CLASS_NAMES = {1: "bf16", 2: "w8g32", 3: "w4g32"}
@@ -65,6 +65,7 @@ class AttentionPlanStruct(ctypes.Structure):
         ("window", _L),
         ("num_items", _L),
         ("items", _P),
+        ("kv_class", _L),
     )
 
 

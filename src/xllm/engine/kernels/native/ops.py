@@ -10,7 +10,7 @@ import ctypes
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,7 +29,10 @@ HEAD_MULTIPLE = 16
 KV_ORDER = "page,kv,layer,head,pairs"
 """K tiles are [dim/2][token][2], V tiles [token/2][dim][2], so that both products read pairs in a row."""
 
-_KV_BYTES = 2
+KVDtype = Literal["bfloat16", "int8"]
+
+_KV_CLASSES: dict[KVDtype, tuple[int, int, int]] = {"bfloat16": (0, 2, 0), "int8": (1, 1, 4)}
+"""What the library calls it, bytes of an element and of a scale."""
 
 _PROBE_ROWS = (1, 3, 7, 16)
 
@@ -74,14 +77,16 @@ class NativeOps:
         linear_class: WeightClass = "bf16",
         head_class: WeightClass = "bf16",
         keeps_codes: bool = False,
+        kv_dtype: KVDtype = "bfloat16",
     ) -> None:
-        """`linear_class` is how linears are kept, `head_class` embedding and head. KV is bfloat16.
+        """`linear_class` is how linears are kept, `head_class` embedding and head.
 
         With `keeps_codes`, what the file stores as codes in groups of 32 is computed on as it is stored.
         """
         self._lib = library
         self._linear_class, self._head_class = linear_class, head_class
         self._keeps_codes = keeps_codes
+        self._kv_class, *self._kv_bytes = _KV_CLASSES[kv_dtype]
         self._arena = Arena()
         self._pool: int | None = library.xn_pool_create(num_threads)
         if self._pool is None:
@@ -156,7 +161,7 @@ class NativeOps:
         return Buffer(Indices(values))
 
     def kv_pages(self, group: KVGroup, num_pages: int) -> Buffer:
-        return Buffer(Pages(num_pages, group.page_bytes(_KV_BYTES)))
+        return Buffer(Pages(num_pages, group.page_bytes(*self._kv_bytes)))
 
     def copy_page(self, pages: Buffer, src: int, dst: int) -> None:
         array = _pages(pages).array
@@ -169,7 +174,9 @@ class NativeOps:
     def attention_plan(
         self, group: KVGroup, num_heads: int, spans: Sequence[KVSpan], num_rows: int
     ) -> Buffer:
-        return Buffer(make_plan(self._lib, group, num_heads, spans, num_rows))
+        plan = make_plan(self._lib, group, num_heads, spans, num_rows)
+        plan.struct.kv_class = self._kv_class
+        return Buffer(plan)
 
     def to_numpy(self, x: Buffer) -> F32:
         return np.asarray(_rows(x))
