@@ -11,17 +11,19 @@ import argparse
 import ctypes
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from xllm.engine.kernels.native.library import find, open_library
 from xllm.engine.kernels.native.plan import make_plan
 from xllm.engine.kernels.ops import KVSpan
 from xllm.types import KVGroup
 
+Bytes = npt.NDArray[np.uint8]
 Run = Callable[[int], None]
 """A call for one layer."""
 
@@ -56,23 +58,29 @@ SHAPES = {
 class Step:
     """One step's inputs, and pages for each library in an order as it is after a while."""
 
-    def __init__(self, model: Model, shape: tuple[int, int, int], num_libraries: int) -> None:
+    def __init__(self, model: Model, shape: tuple[int, int, int], coded: Sequence[bool]) -> None:
         self.model = model
+        self.coded = coded
         self.batch, self.num_rows, self.context = shape
-        rng = np.random.default_rng(0)
-        blocks = -(-self.context // 64)
-        self.order = [int(p) for p in rng.permutation(self.batch * blocks)]
-        self.blocks = blocks
-        group = self.group()
-        elements = len(self.order) * group.page_bytes(2) // 2
-        noise = (rng.standard_normal(1 << 20).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-        self.pages = [np.resize(noise, elements) for _ in range(num_libraries)]
+        self.blocks = -(-self.context // 64)
+        self.order = [int(p) for p in np.random.default_rng(0).permutation(self.batch * self.blocks)]
+        self.pages = [self.filled(c) for c in coded]
         rows = self.batch * self.num_rows
         self.width = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-        self.qkv = rng.standard_normal((rows, self.width), dtype=np.float32)
-        self.y = [
-            np.zeros((rows, model.num_heads * model.head_dim), np.float32) for _ in range(num_libraries)
-        ]
+        self.qkv = np.random.default_rng(1).standard_normal((rows, self.width), dtype=np.float32)
+        self.y = [np.zeros((rows, model.num_heads * model.head_dim), np.float32) for _ in coded]
+
+    def filled(self, coded: bool) -> Bytes:
+        """Pages of noise, so that highest scores rise as seldom as with a model."""
+        m = self.model
+        num_tiles = len(self.order) * 2 * m.num_layers * m.num_kv_heads
+        noise = np.random.default_rng(2).standard_normal(64 * m.head_dim, dtype=np.float32)
+        if coded:
+            scales = np.full(64, 1 / 40, dtype=np.float32)
+            tile = np.concatenate([(noise * 40).astype(np.int8).view(np.uint8), scales.view(np.uint8)])
+        else:
+            tile = (noise.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+        return np.tile(tile, num_tiles)
 
     def group(self) -> KVGroup:
         m = self.model
@@ -92,6 +100,7 @@ class Step:
             for i in range(self.batch)
         ]
         plan = make_plan(library, self.group(), m.num_heads, spans, len(self.qkv))
+        plan.struct.kv_class = int(self.coded[which])
         q = self.qkv.ctypes.data
         k = q + 4 * m.num_heads * size
         v = k + 4 * m.num_kv_heads * size
@@ -106,7 +115,7 @@ class Step:
         return run
 
     def limits(self) -> str:
-        """MiB of K and V that are read once, GFLOP of both products, millions of exponentials."""
+        """MiB of K and V in bf16 that are read once, GFLOP of both products, millions of exponentials."""
         m = self.model
         first = self.context - self.num_rows
         seen = sum(range(first + 1, self.context + 1)) * self.batch * m.num_layers
@@ -158,6 +167,7 @@ def main() -> None:
     parser.add_argument("--library", action="append", type=Path, help="default: the best that is built")
     parser.add_argument("--models", default="smollm2,qwen2.5,gemma3")
     parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--kv", default="bf16,int8", help="what pages hold: a column for each")
     parser.add_argument("--rows", default="1,8,64,1024", help="of the row operations; empty = none")
     parser.add_argument("--operations", default="silu_mul,gelu_mul,rms_norm,add,rope")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -168,15 +178,20 @@ def main() -> None:
         raise SystemExit(find()[1])
     libraries = [open_library(path) for path in paths]
     pools = [library.xn_pool_create(options.threads) for library in libraries]
+    kinds = options.kv.split(",")
+    variants = [(k, lib, pool) for lib, pool in zip(libraries, pools, strict=True) for k in kinds]
     print(
-        f"{options.threads} threads, load {os.getloadavg()[0]:.1f}; best milliseconds of a step, all layers"
+        f"{options.threads} threads, load {os.getloadavg()[0]:.1f}; best milliseconds of a step, all layers; KV {options.kv}"
     )
     for name in filter(None, options.models.split(",")):
         for shape in options.shapes.split(","):
-            step = Step(MODELS[name], SHAPES[shape], len(libraries))
-            runs = [step.call(lib, pools[i], i) for i, lib in enumerate(libraries)]
+            step = Step(MODELS[name], SHAPES[shape], [kind == "int8" for kind, _, _ in variants])
+            runs = [step.call(lib, pool, i) for i, (_, lib, pool) in enumerate(variants)]
             times = best(runs, MODELS[name].num_layers, options.budget)
-            same = all(np.array_equal(y.view(np.uint32), step.y[0].view(np.uint32)) for y in step.y[1:])
+            same = all(
+                np.array_equal(y.view(np.uint32), step.y[i % len(kinds)].view(np.uint32))
+                for i, y in enumerate(step.y)
+            )
             print(
                 f"{name:<8} {shape:<17}" + "".join(f"{t:>9.3f}" for t in times) + f"   {step.limits()}"
                 + ("" if same else "   other bits"),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from xllm.arch import ArchConfig
 from xllm.config.schema import EngineConfig
 from xllm.engine.kernels.native.library import find, open_library
-from xllm.engine.kernels.native.ops import HEAD_MULTIPLE, KV_ORDER, NativeOps
+from xllm.engine.kernels.native.ops import HEAD_MULTIPLE, KV_ORDER, KVDtype, NativeOps
 from xllm.engine.kernels.native.packing import WeightClass
 from xllm.engine.model.registry import find_model
 from xllm.engine.model.weights import weight_bytes
@@ -63,7 +63,8 @@ class NativePlatform:
         why_threads = "as asked" if config.platform.num_threads else "cores this process may use"
         dtype, why_dtype = resolve_dtype(config.model.dtype, _DTYPE, "what the native kernels compute in")
         quantize, why_quantize = _quantize(config, arch)
-        ops = NativeOps(open_library(path), threads, *_CLASSES[quantize], keeps_codes=quantize == "file")
+        kv_dtype: KVDtype = "int8" if config.cache.kv_cache_dtype == "int8" else "bfloat16"
+        ops = NativeOps(open_library(path), threads, *_CLASSES[quantize], quantize == "file", kv_dtype)
         built = load_runner(
             arch,
             tensors,
@@ -73,12 +74,14 @@ class NativePlatform:
             ops=ops,
             dtype=dtype,
             free_bytes=available_bytes,
-            numerics=("native", KERNELS_VERSION, isa, f"quantize-{quantize}", f"kv-{dtype}", "tp1"),
+            numerics=("native", KERNELS_VERSION, isa, f"quantize-{quantize}", f"kv-{kv_dtype}", "tp1"),
             kv_order=KV_ORDER,
+            kv_dtype=kv_dtype,
             report=(
                 f"num_threads={threads}: {why_threads}",
                 why_dtype,
                 why_quantize,
+                f"kv_cache_dtype={kv_dtype}: {'as asked' if kv_dtype == 'int8' else 'as dtype'}",
                 f"kernels={isa}: the best path this CPU can run",
             ),
         )
