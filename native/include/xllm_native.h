@@ -172,13 +172,18 @@ typedef struct {
     int64_t window;     // 0 = none
     int64_t num_items;  // filled by xn_attention_items
     const int32_t* items;
+    int64_t kv_class;  // XN_KV_…
 } xn_attention_plan;
 
-// Writes this step's K and V into layer `layer` of the pages, then attends. Pages: bf16 tiles, one per
-// (page, K or V, layer, KV head), each 64 · head_dim elements, zeroed when made. K tiles are
-// [head_dim/2][64][2], V tiles [64/2][head_dim][2].
+// What pages hold: values in bf16, or 8-bit codes with a scale per position and KV head.
+enum { XN_KV_BF16 = 0, XN_KV_INT8 = 1 };
+
+// Writes this step's K and V into layer `layer` of the pages, then attends; what it reads is what it wrote,
+// rounded. Pages consist of tiles, one per (page, K or V, layer, KV head), each of 64 · head_dim elements; K
+// tiles are [head_dim/2][64][2], V tiles [64/2][head_dim][2]. Tiles of codes are followed by 64 float32 scales.
+// A page need not be cleared before its first use: rows of a sequence must be written in order. scale > 0.
 XN_EXPORT int32_t xn_attention(
-    xn_pool* pool, const xn_attention_plan* plan, uint16_t* pages, int64_t layer, const float* q, int64_t ldq,
+    xn_pool* pool, const xn_attention_plan* plan, void* pages, int64_t layer, const float* q, int64_t ldq,
     const float* k, int64_t ldk, const float* v, int64_t ldv, float scale, float softcap, float* y,
     int64_t ldy);
 

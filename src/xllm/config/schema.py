@@ -46,6 +46,10 @@ class CacheConfig:
 
     kv_cache_memory_bytes: int | None = option(None, "bytes for KV pages; default: a share of free memory")
     num_pages: int | None = option(None, "pages per KV group; overrides kv_cache_memory_bytes")
+    kv_cache_dtype: Literal["auto", "int8"] = option(
+        "auto",
+        "auto = as dtype; int8 = codes with a scale per token and head, half the memory (native platform)",
+    )
     enable_prefix_caching: bool = option(True, "reuse pages of equal prefixes")
 
 

@@ -12,7 +12,7 @@ from xllm.arch import ArchConfig
 from xllm.config.env import cache_dir
 from xllm.config.schema import EngineConfig
 from xllm.engine.kernels.native.library import find, open_library
-from xllm.engine.kernels.native.ops import HEAD_MULTIPLE, KV_ORDER, NativeOps
+from xllm.engine.kernels.native.ops import HEAD_MULTIPLE, KV_ORDER, KVDtype, NativeOps
 from xllm.engine.kernels.native.packing import WeightClass
 from xllm.engine.kernels.native.weights_cache import WeightsCache
 from xllm.engine.model.registry import find_model
@@ -24,7 +24,7 @@ from xllm.engine.sampling import Sampler
 from xllm.errors import ConfigError
 from xllm.version import __version__
 
-KERNELS_VERSION = "native-1"
+KERNELS_VERSION = "native-2"
 """Raised whenever a change of the kernels may change a bit of the logits."""
 
 PACKING_VERSION = 1
@@ -74,7 +74,8 @@ class NativePlatform:
         why_threads = "as asked" if config.platform.num_threads else "cores this process may use"
         dtype, why_dtype = resolve_dtype(config.model.dtype, _DTYPE, "what the native kernels compute in")
         quantize, why_quantize = _quantize(config, arch)
-        ops = NativeOps(open_library(path), threads, *_CLASSES[quantize], keeps_codes=quantize == "file")
+        kv_dtype: KVDtype = "int8" if config.cache.kv_cache_dtype == "int8" else "bfloat16"
+        ops = NativeOps(open_library(path), threads, *_CLASSES[quantize], quantize == "file", kv_dtype)
         kept, why_not_kept = _cache(config, arch, tensors, ops, path, quantize)
         built = load_runner(
             arch,
@@ -85,14 +86,16 @@ class NativePlatform:
             ops=ops,
             dtype=dtype,
             free_bytes=lambda: max(0, available_bytes() - (0 if kept is None else kept.mapped_bytes)),
-            numerics=("native", KERNELS_VERSION, isa, f"quantize-{quantize}", f"kv-{dtype}", "tp1"),
+            numerics=("native", KERNELS_VERSION, isa, f"quantize-{quantize}", f"kv-{kv_dtype}", "tp1"),
             kv_order=KV_ORDER,
+            kv_dtype=kv_dtype,
             make_programs=ops.programs,
             kept=kept,
             report=(
                 f"num_threads={threads}: {why_threads}",
                 why_dtype,
                 why_quantize,
+                f"kv_cache_dtype={kv_dtype}: {'as asked' if kv_dtype == 'int8' else 'as dtype'}",
                 f"kernels={isa}: the best path this CPU can run",
             ),
         )

@@ -81,6 +81,7 @@ class AttentionPlanStruct(ctypes.Structure):
         ("window", _L),
         ("num_items", _L),
         ("items", _P),
+        ("kv_class", _L),
     )
 
 
