@@ -195,8 +195,9 @@ XN_EXPORT int64_t xn_attention_items(const xn_attention_plan* plan, int32_t* ite
 
 // KV pages of the layers that share a group; pages as in xn_attention.
 typedef struct {
-    uint16_t* pages;
+    void* pages;
     int64_t num_pages, num_heads, num_kv_heads, head_dim, num_layers, window;
+    int64_t kv_class;  // XN_KV_…
 } xn_kv_group;
 
 // What one step computes: its token ids, positions, rows that yield logits and one attention plan per group.

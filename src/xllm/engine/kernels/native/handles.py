@@ -135,9 +135,10 @@ class Pages:
     written (attention.cpp, `write_rows`), and no weight but zero ever meets the rest.
     """
 
-    __slots__ = ("__weakref__", "_prefault", "array", "ptr")
+    __slots__ = ("__weakref__", "_prefault", "array", "kv_class", "ptr")
 
-    def __init__(self, num_pages: int, page_bytes: int) -> None:
+    def __init__(self, num_pages: int, page_bytes: int, kv_class: int = 0) -> None:
+        self.kv_class = kv_class
         # calloc'd: memory is taken when it is first touched, by the prefault thread where that is in time.
         raw = np.zeros(num_pages * page_bytes + _ALIGN, dtype=np.uint8)
         offset = -raw.ctypes.data % _ALIGN

@@ -174,7 +174,7 @@ class NativeOps:
         return Buffer(Indices(values))
 
     def kv_pages(self, group: KVGroup, num_pages: int) -> Buffer:
-        return Buffer(Pages(num_pages, group.page_bytes(*self._kv_bytes)))
+        return Buffer(Pages(num_pages, group.page_bytes(*self._kv_bytes), self._kv_class))
 
     def copy_page(self, pages: Buffer, src: int, dst: int) -> None:
         array = _pages(pages).array
