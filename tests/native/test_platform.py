@@ -81,7 +81,7 @@ def test_logits_are_no_worse_than_the_references_in_bfloat16(name: str) -> None:
 @pytest.mark.slow
 def test_smollm2_on_its_own_codes_is_near_its_dequantised_weights(smollm2: str) -> None:
     source = resolve(smollm2)
-    tokens = [int(t) for t in np.random.default_rng(0).integers(0, 49_000, 100)]
+    tokens = [int(t) for t in np.random.default_rng(0).integers(0, 49_000, 400)]
     rows = []
     for runner in (
         make_runner(source.arch(), source.tensors()),
@@ -92,6 +92,7 @@ def test_smollm2_on_its_own_codes_is_near_its_dequantised_weights(smollm2: str) 
     exact, found = rows
     cosine = (exact * found).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(found, axis=1)
     assert np.median(cosine) > 0.999
+    # Over random tokens, whose next token is rarely certain: seen 0.885, with a standard error of 0.016.
     assert (exact.argmax(1) == found.argmax(1)).mean() >= 0.85
 
 
