@@ -45,6 +45,7 @@ def load_runner(
             param="dtype",
         )
     weights = load_weights(model, arch, tensors, ops, max_model_len, kept)
+    tensors.release()
     # One layer has every shape of the others; vectors are not multiplied.
     shapes = [weights.layers[0][key] for key in ("qkv", "o", "gate_up", "down") if key in weights.layers[0]]
     ops.probe([*shapes, weights.top["head"]])
