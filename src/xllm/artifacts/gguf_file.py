@@ -146,6 +146,10 @@ class GgufTensors:
     def identity(self) -> str:
         return files_identity([(self._opened.path, self._opened.stat)])
 
+    def release(self) -> None:
+        # Pages of the file that are mapped count as this process's memory, wanted or not.
+        self._data.madvise(mmap.MADV_DONTNEED)
+
     def names(self) -> Sequence[str]:
         return sorted(self._by_name)
 
