@@ -167,6 +167,8 @@ def write(
     text = report.markdown(head, results, todo, done, ceilings, known)
     if ceilings:
         text += f"\n## The native step alone, same run\n\n```\n{native_step.table(ceilings)}\n```\n"
+    places = {".peers": args.peers_dir, "RESULTS": args.out}
+    text = machine.without_places(text, places)
     print(text)
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f"compare-{args.model.rpartition('/')[2]}-{head['date'][:19].replace(':', '')}"
@@ -180,7 +182,8 @@ def write(
         "perplexity": known,
         "ceilings": ceilings,
     }
-    stem.with_suffix(".json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    raw_text = machine.without_places(json.dumps(raw, indent=1), places)
+    stem.with_suffix(".json").write_text(raw_text + "\n", encoding="utf-8")
     print(f"written: {stem}.md and .json")
 
 

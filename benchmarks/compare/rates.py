@@ -257,12 +257,14 @@ def write(args: argparse.Namespace, head: dict[str, str], columns: Sequence[Colu
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f"rates-{args.model.rpartition('/')[2]}-{head['date'][:19].replace(':', '')}"
     text = markdown(head, columns, perplexity.known(args.out, args.model), args.limits)
-    stem.with_suffix(".md").write_text(text, encoding="utf-8")
+    places = {".peers": args.peers_dir, "RESULTS": args.out}
+    stem.with_suffix(".md").write_text(machine.without_places(text, places), encoding="utf-8")
     raw: dict[str, Any] = {
         "head": head,
         "columns": [asdict(column) | {"name": column.entry.name} for column in columns],
     }
-    stem.with_suffix(".json").write_text(json.dumps(raw) + "\n", encoding="utf-8")
+    raw_text = machine.without_places(json.dumps(raw), places)
+    stem.with_suffix(".json").write_text(raw_text + "\n", encoding="utf-8")
     print(f"written: {stem}.md and .json", file=sys.stderr)
 
 
