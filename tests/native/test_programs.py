@@ -10,7 +10,7 @@ import pytest
 
 from tests.native.native_driver import library, make_native_runner
 from tests.reference.runner_driver import Driver, Seq
-from tests.reference.test_bitwise import ARCHS, assert_same
+from tests.reference.test_bitwise import ARCHS, assert_same, tiny
 from xllm.artifacts.source import DummySource
 from xllm.clock import SystemClock
 from xllm.config.schema import CacheConfig, EngineConfig, ModelConfig, PlatformConfig
@@ -68,6 +68,18 @@ def test_a_replayed_step_has_the_bits_of_the_eager_one(arch: str, weight_class: 
     runner.programs = None
     assert_same(replayed, mixed_steps(runner))
     assert programs.counters.replays == replays > 0
+
+
+@pytest.mark.parametrize("rows", range(1, 14))
+def test_every_tile_shape_of_a_gate_gives_the_eager_bits(rows: int) -> None:
+    arch = tiny("llama", intermediate_size=96)
+    runner = make_native_runner(arch, DummySource(arch), "bf16", NUM_PAGES)
+    found = []
+    for programs in (runner.programs, None):
+        runner.programs = programs
+        driver = Driver(runner, NUM_PAGES)
+        found.append(driver.prefill(driver.new(PROMPT[:rows])).rows())
+    assert_same(*found)
 
 
 def test_a_program_is_made_once_for_each_bucket() -> None:
