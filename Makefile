@@ -15,7 +15,7 @@ TEST_STAMP := $(VENV)/.xllm-test-setup
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test-setup kernels model serve test lint null reference native integration robustness bench-ttft bench-serve bench-client bench-peers bench-compare bench-perplexity freeze clean
+.PHONY: help setup test-setup kernels model serve test lint null reference native integration robustness bench-ttft bench-serve bench-client bench-overhead bench-peers bench-compare bench-rates bench-step bench-perplexity soak freeze clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -75,6 +75,9 @@ integration: test-setup kernels model  ## tests with real processes and the real
 robustness: test-setup  ## hostile and fault tests that take minutes; not part of `make test`
 	@$(BIN)/python -m pytest tests/robustness -s --timeout=1200
 
+soak: test-setup kernels model  ## ten minutes of mixed native load with aborts: memory flat, pages conserved, replays equal
+	@$(BIN)/python -m benchmarks.soak --model $(MODEL) $(ARGS)
+
 bench-ttft: setup  ## time to first token of the default model, served locally
 	@$(BIN)/python benchmarks/ttft.py --model $(MODEL)
 
@@ -84,6 +87,11 @@ bench-serve: setup kernels  ## `xllm bench serve` at several request rates again
 bench-client: setup  ## how many tokens a second the load generator itself can take
 	@$(BIN)/python benchmarks/client_limit.py
 
+# No model is needed: steps take a fixed time and no CPU.
+bench-overhead: setup  ## CPU time of front and engine around a step that computes nothing
+	@$(BIN)/python -m benchmarks.overhead.front
+	@$(BIN)/python -m benchmarks.overhead
+
 # PEERS: the folder of the peers' virtual environments, weights and logs; it may be shared by checkouts.
 # ARGS: of the command, e.g. make bench-compare ARGS="--quick" or ARGS="--rates 1 1.5 2 --concurrency".
 bench-peers: test-setup  ## vLLM, OpenVINO GenAI and llama.cpp, each into an environment of its own (minutes)
@@ -91,6 +99,12 @@ bench-peers: test-setup  ## vLLM, OpenVINO GenAI and llama.cpp, each into an env
 
 bench-compare: test-setup model  ## xLLM and its peers, same weights, interleaved; the table goes to benchmarks/results
 	@$(BIN)/python -m benchmarks.compare --model $(MODEL) --peers-dir $(PEERS) $(ARGS)
+
+bench-rates: test-setup model  ## the highest Poisson rate that each engine keeps at p99 TPOT <= 30, 50 and 100 ms
+	@$(BIN)/python -m benchmarks.compare.rates --model $(MODEL) --peers-dir $(PEERS) $(ARGS)
+
+bench-step: test-setup kernels model  ## the native step alone (prefill, decode) and the machine's peaks
+	@$(BIN)/python -m benchmarks.native_step --model $(MODEL) --peers-dir $(PEERS) $(ARGS)
 
 bench-perplexity: test-setup model  ## what each encoding of the weights costs in perplexity
 	@$(BIN)/python -m benchmarks.compare.perplexity --model $(MODEL) --weights-dir $(PEERS)/weights $(ARGS)

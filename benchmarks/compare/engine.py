@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from benchmarks.compare.limits import Promise, hopeless_count
+from benchmarks.compare.openloop import run_while_kept
 from benchmarks.compare.process import EngineFailed, Tree
 from xllm.cli.bench.datasets import Ask
 from xllm.cli.bench.generator import Target, run_load
@@ -45,8 +47,17 @@ class Engine(Protocol):
     def wait_ready(self, timeout_s: float) -> None:
         """Block until it answers. Raises EngineFailed."""
 
-    def measure(self, asks: Sequence[Ask], at_s: Sequence[float], concurrency: int | None) -> list[Outcome]:
-        """One run; failed requests are outcomes with an error. Raises EngineFailed when it is gone."""
+    def measure(
+        self,
+        asks: Sequence[Ask],
+        at_s: Sequence[float],
+        concurrency: int | None,
+        promise: Promise | None = None,
+    ) -> list[Outcome]:
+        """One run; failed requests are outcomes with an error. Raises EngineFailed when it is gone.
+
+        With a promise it ends early once that is broken, and then has fewer outcomes than asks.
+        """
 
 
 def start(launch: Launch, log: Path) -> Engine:
@@ -78,16 +89,28 @@ class HttpServer:
             time.sleep(0.1)
         raise EngineFailed(f"not ready after {timeout_s:.0f} s: {self.tree.last_line()}")
 
-    def measure(self, asks: Sequence[Ask], at_s: Sequence[float], concurrency: int | None) -> list[Outcome]:
+    def measure(
+        self,
+        asks: Sequence[Ask],
+        at_s: Sequence[float],
+        concurrency: int | None,
+        promise: Promise | None = None,
+    ) -> list[Outcome]:
         self.tree.check()
-        return asyncio.run(self._run(asks, at_s, concurrency))
+        return asyncio.run(self._run(asks, at_s, concurrency, promise))
 
     async def _run(
-        self, asks: Sequence[Ask], at_s: Sequence[float], concurrency: int | None
+        self,
+        asks: Sequence[Ask],
+        at_s: Sequence[float],
+        concurrency: int | None,
+        promise: Promise | None,
     ) -> list[Outcome]:
         target = Target(server=self._server, model=self._model)
         try:
             async with asyncio.timeout(TURN_TIMEOUT_S):
+                if promise is not None:
+                    return await run_while_kept(target, asks, at_s, SystemClock(), promise)
                 return await run_load(target, asks, at_s, SystemClock(), max_concurrency=concurrency)
         except TimeoutError as error:
             raise EngineFailed(f"did not finish within {TURN_TIMEOUT_S:.0f} s") from error
@@ -102,13 +125,25 @@ class Worker:
     def wait_ready(self, timeout_s: float) -> None:
         self._read(timeout_s)
 
-    def measure(self, asks: Sequence[Ask], at_s: Sequence[float], concurrency: int | None) -> list[Outcome]:
-        run = {
+    def measure(
+        self,
+        asks: Sequence[Ask],
+        at_s: Sequence[float],
+        concurrency: int | None,
+        promise: Promise | None = None,
+    ) -> list[Outcome]:
+        run: dict[str, Any] = {
             "prompts": [ask.prompt for ask in asks],
             "output_lens": [ask.output_len for ask in asks],
             "at_s": list(at_s),
             "concurrency": concurrency or len(asks),
         }
+        if promise is not None:
+            run |= {
+                "max_tpot_s": promise.tpot_s,
+                "max_ttft_s": promise.ttft_s,
+                "hopeless": hopeless_count(promise.num_requests),
+            }
         pipe = self.tree.process.stdin
         if pipe is None:
             raise EngineFailed("the worker has no input")

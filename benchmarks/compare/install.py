@@ -53,6 +53,8 @@ def install(peers_dir: Path, peer: str, package: Package, num_jobs: int) -> None
     else:
         env = {name: value.format(jobs=num_jobs) for name, value in package.build_env.items()}
         _pip(python, package.requirement, env=env)
+    if package.completed_by:
+        subprocess.run([str(python), "-c", f"import {package.completed_by}"], check=True)
     stamp.write_text(package.requirement + "\n", encoding="utf-8")
 
 

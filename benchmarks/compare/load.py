@@ -27,7 +27,18 @@ class Load:
     rate: float | None = None
 
     @property
+    def is_prefill(self) -> bool:
+        """With one token of answer the time is the prompt's: prompt tokens/s are what counts."""
+        return self.output_len == 1
+
+    @property
+    def speed_key(self) -> str:
+        return "input_throughput" if self.is_prefill else "output_throughput"
+
+    @property
     def name(self) -> str:
+        if self.is_prefill:
+            return f"prefill {self.concurrency} x {self.input_len}"
         arrival = f"concurrency {self.concurrency}" if self.rate is None else f"{self.rate:g} requests/s"
         return f"{self.input_len} in / {self.output_len} out, {arrival}"
 
@@ -50,13 +61,13 @@ def loads(
     concurrencies: Sequence[int],
     rates: Sequence[float],
     num_requests: int | None,
-    requests_per_slot: int,
+    requests_per_slot: float,
 ) -> list[Load]:
     """Every shape at every concurrency and rate; by default long enough to hide how a run starts and ends."""
     made: list[Load] = []
     for input_len, output_len in shapes:
         for concurrency in concurrencies:
-            num = num_requests or max(8, requests_per_slot * concurrency)
+            num = num_requests or max(8, round(requests_per_slot * concurrency))
             made.append(
                 Load(input_len=input_len, output_len=output_len, num_requests=num, concurrency=concurrency)
             )
@@ -65,3 +76,16 @@ def loads(
             num = num_requests or 300
             made.append(Load(input_len=input_len, output_len=output_len, num_requests=num, rate=rate))
     return made
+
+
+def prefills(batches: Sequence[tuple[int, int]]) -> list[Load]:
+    """(prompts at once, words of each); as many waves as make about 4,000 tokens, two at least."""
+    return [
+        Load(
+            input_len=input_len,
+            output_len=1,
+            num_requests=num * max(2, round(4096 / (num * input_len))),
+            concurrency=num,
+        )
+        for num, input_len in batches
+    ]

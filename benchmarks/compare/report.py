@@ -14,8 +14,8 @@ from benchmarks.compare.rounds import Result
 MIN_ROUNDS = 3
 MAX_STRANGERS_CORES = 0.1
 
-Ceilings = Mapping[str, Mapping[str, Any]]
-"""By encoding: {"prefill": tokens/s, "decode": {"<concurrency>": tokens/s}}, of the native step alone."""
+Ceilings = Mapping[str, Any]
+"""What `benchmarks.native_step` found; {} when it did not run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Spread:
 
 COLUMNS = (
     "engine",
-    "output tokens/s",
+    "tokens/s",
     "TTFT p50 / p99 ms",
     "TPOT p50 / p99 ms",
     "xllm ÷ this",
@@ -51,9 +51,11 @@ def rows(results: Sequence[Result], load: Load, ceilings: Ceilings) -> list[tupl
     for result in results:
         turns = result.turns.get(load.name, [])
         if not turns:
-            made.append((result.entry.name, "missing", *[""] * (len(COLUMNS) - 2)))
+            made.append(
+                (result.entry.name, "missing" if result.problem else "left out", *[""] * (len(COLUMNS) - 2))
+            )
             continue
-        speed = Spread.of(column(turns, "output_throughput"))
+        speed = Spread.of(column(turns, load.speed_key))
         made.append(
             (
                 result.entry.name,
@@ -71,7 +73,7 @@ def rows(results: Sequence[Result], load: Load, ceilings: Ceilings) -> list[tupl
 def best(results: Sequence[Result], load: Load) -> list[str]:
     """Our fastest over HTTP against the fastest peer of any class and way; empty when a side lacks."""
     speeds = {
-        result.entry: median(column(turns, "output_throughput"))
+        result.entry: median(column(turns, load.speed_key))
         for result in results
         if (turns := result.turns.get(load.name))
     }
@@ -103,27 +105,49 @@ def ratio(results: Sequence[Result], result: Result, load: Load) -> str:
     ]
     if entry.engine == "xllm" or not ours or not ours[0]:
         return "–"
-    theirs = {turn["round"]: turn["output_throughput"] for turn in result.turns[load.name]}
-    paired = [
-        turn["output_throughput"] / theirs[turn["round"]]
-        for turn in ours[0]
-        if theirs.get(turn["round"], 0.0) > 0.0
-    ]
+    key = load.speed_key
+    theirs = {turn["round"]: turn[key] for turn in result.turns[load.name]}
+    paired = [turn[key] / theirs[turn["round"]] for turn in ours[0] if theirs.get(turn["round"], 0.0) > 0.0]
     return Spread.of(paired).text(2) if paired else "–"
 
 
 def _of_ceiling(
     result: Result, load: Load, speed: float, turns: Sequence[Mapping[str, Any]], ceilings: Ceilings
 ) -> str:
-    """Fraction of 1 / (in ÷ prefill + out ÷ decode), in the tokens that were really counted."""
-    found = ceilings.get(result.entry.weights)
-    decode = found and found["decode"].get(str(load.concurrency))
+    """Fraction of the native step's own speed: prefill, or out ÷ (in ÷ prefill + out ÷ decode)."""
+    found = ceilings.get("classes", {}).get(result.entry.weights)
     done = max(1, turns[0]["completed"])
     num_in, num_out = turns[0]["total_input_tokens"] / done, turns[0]["total_output_tokens"] / done
-    if not found or not decode or not num_out:
+    if not found:
         return "–"
-    ceiling = num_out / (num_in / found["prefill"] + num_out / decode)
+    if load.is_prefill:
+        known = found["prefill"].get(f"{load.concurrency}x{load.input_len}")
+        return f"{speed / known:.2f}" if known else "–"
+    decode = found["decode"].get(str(load.concurrency))
+    if not decode or not num_out:
+        return "–"
+    ceiling = num_out / (num_in / max(found["prefill"].values()) + num_out / decode)
     return f"{speed / ceiling:.2f}"
+
+
+def single_stream(results: Sequence[Result], loads: Sequence[Load], ceilings: Ceilings) -> list[str]:
+    """One user's decode speed against reading the weights once a token at the measured bandwidth."""
+    read_s = max(
+        (rate["best"] for rate in ceilings.get("peaks", {}).get("read_gb_s", {}).values()), default=0.0
+    )
+    lines: list[str] = []
+    for load in loads:
+        for result in results if load.concurrency == 1 and not load.is_prefill and read_s else ():
+            found = ceilings["classes"].get(result.entry.weights)
+            turns = result.turns.get(load.name, [])
+            if found and turns:
+                per_s = 1e3 / median(column(turns, "p50_tpot_ms"))
+                limit = read_s * 1e9 / found["weight_bytes"]
+                lines.append(
+                    f"* {result.entry.name}: {per_s:.0f} tokens/s of {limit:.0f}, {per_s / limit:.0%} "
+                    f"({load.input_len} in / {load.output_len} out)"
+                )
+    return ["## One stream against weight bytes ÷ measured read bandwidth", "", *lines, ""] if lines else []
 
 
 def warnings(results: Sequence[Result], num_rounds: int) -> list[str]:
@@ -172,10 +196,17 @@ def markdown(
     lines += [f"**{line}**" if line[:1].isupper() else line for line in warnings(results, num_rounds)]
     lines += ["", f"Medians of {num_rounds} interleaved rounds (least–greatest).", ""]
     for load in loads:
-        lines += [f"## {load.name}", "", *_table((COLUMNS, *rows(results, load, ceilings))), ""]
+        what = "prompt" if load.is_prefill else "output"
+        lines += [
+            f"## {load.name}: {what} tokens/s",
+            "",
+            *table((COLUMNS, *rows(results, load, ceilings))),
+            "",
+        ]
         lines += best(results, load)
     lines += goodput.section(results, loads)
-    lines += ["## Engines", "", *_table((_ENGINE_COLUMNS, *_engine_rows(results, perplexity))), ""]
+    lines += single_stream(results, loads, ceilings)
+    lines += ["## Engines", "", *table((_ENGINE_COLUMNS, *_engine_rows(results, perplexity))), ""]
     lines += [
         f"* {r.entry.name}: {'; '.join(f'{k} {v}' for k, v in r.about.items())}" for r in results if r.about
     ]
@@ -201,7 +232,7 @@ def _engine_rows(results: Sequence[Result], perplexity: Mapping[str, str]) -> li
     return made
 
 
-def _table(cells: Sequence[Sequence[str]]) -> list[str]:
+def table(cells: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[index]) for row in cells) for index in range(len(cells[0]))]
 
     def line(row: Sequence[str]) -> str:

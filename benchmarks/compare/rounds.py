@@ -22,6 +22,13 @@ from benchmarks.compare.settings import Entry
 from xllm.cli.bench.metrics import summarise
 
 Say = Callable[[str], None]
+LeftOut = Callable[[Entry, Load], bool]
+
+
+def nothing(_entry: Entry, _load: Load) -> bool:
+    """The `left_out` of a whole comparison."""
+    return False
+
 
 MAX_SETTLE_S = 5.0
 MAX_IDLE_CORES = 0.1
@@ -41,7 +48,7 @@ class Result:
 
 
 @dataclass(slots=True)
-class _Running:
+class Running:
     result: Result
     engine: Engine
 
@@ -56,6 +63,7 @@ def compare(
     ready_timeout_s: float,
     logs: Path,
     say: Say,
+    left_out: LeftOut = nothing,
 ) -> tuple[list[Result], int]:
     """Results in the order of `entries`, and how many whole rounds there were.
 
@@ -64,16 +72,17 @@ def compare(
     results = [Result(entry=entry) for entry in entries]
     with ExitStack() as stack:
         running = [
-            r for result in results if (r := _start(result, context, ready_timeout_s, logs, stack, say))
+            r for result in results if (r := begin(result, context, ready_timeout_s, logs, stack, say))
         ]
-        _warm_up(running, loads, say)
+        warm_up(running, loads, say, left_out)
         done, longest_s = 0, 0.0
         while done < num_rounds and (done == 0 or time.monotonic() + longest_s < until_s):
             began = time.monotonic()
             for load in loads:
                 shift = done % max(1, len(running))
                 for one in running[shift:] + running[:shift]:
-                    _turn(one, running, load, done, say)
+                    if not left_out(one.result.entry, load):
+                        _turn(one, running, load, done, say)
             done += 1
             longest_s = max(longest_s, time.monotonic() - began)
         for one in running:
@@ -81,9 +90,10 @@ def compare(
     return results, done
 
 
-def _start(
+def begin(
     result: Result, context: Context, timeout_s: float, logs: Path, stack: ExitStack, say: Say
-) -> _Running | None:
+) -> Running | None:
+    """The entry's engine, ready; None, with the reason in `result.problem`, when there is none."""
     entry = result.entry
     try:
         launch = ADAPTERS[entry.engine](entry, context)
@@ -98,19 +108,21 @@ def _start(
         return None
     result.start_s = time.monotonic() - began
     say(f"{entry.name}: ready after {result.start_s:.1f} s")
-    return _Running(result, engine)
+    return Running(result, engine)
 
 
-def _warm_up(running: Sequence[_Running], loads: Sequence[Load], say: Say) -> None:
+def warm_up(running: Sequence[Running], loads: Sequence[Load], say: Say, left_out: LeftOut = nothing) -> None:
     for one in running:
         for load in loads:
+            if left_out(one.result.entry, load):
+                continue
             asks, at_s = load.warm_up()
             _guarded(one, lambda: one.engine.measure(asks, at_s, load.concurrency), say)  # noqa: B023
 
 
-def _settle(running: Sequence[_Running]) -> None:
+def settle(running: Sequence[Running], max_s: float = MAX_SETTLE_S) -> None:
     """Wait until all engines rest: some keep a core busy for a second after their last answer."""
-    deadline = time.monotonic() + MAX_SETTLE_S
+    deadline = time.monotonic() + max_s
     while time.monotonic() < deadline:
         before = sum(one.engine.tree.cpu_s() for one in running)
         time.sleep(_SETTLE_STEP_S)
@@ -118,11 +130,11 @@ def _settle(running: Sequence[_Running]) -> None:
             return
 
 
-def _turn(one: _Running, running: Sequence[_Running], load: Load, number: int, say: Say) -> None:
+def _turn(one: Running, running: Sequence[Running], load: Load, number: int, say: Say) -> None:
     if one.result.problem:
         return
     asks, at_s = load.round(number)
-    _settle(running)
+    settle(running)
     cpu, used_s = CpuTimes.now(), [other.engine.tree.cpu_s() for other in running]
     began = time.monotonic()
     outcomes = _guarded(one, lambda: one.engine.measure(asks, at_s, load.concurrency), say)
@@ -131,7 +143,9 @@ def _turn(one: _Running, running: Sequence[_Running], load: Load, number: int, s
     wall_s = time.monotonic() - began
     spent_s = [other.engine.tree.cpu_s() - before for other, before in zip(running, used_s, strict=True)]
     own_s = sum(s for other, s in zip(running, spent_s, strict=True) if other is one)
-    summary = summarise(outcomes, {}) | {
+    summary = summarise(outcomes, {})
+    summary["input_throughput"] = summary["total_input_tokens"] / (summary["duration"] or 1.0)
+    summary |= {
         "round": number,
         "errors": sorted({outcome.error for outcome in outcomes if outcome.error}),
         "cpu_cores": own_s / wall_s,
@@ -141,11 +155,11 @@ def _turn(one: _Running, running: Sequence[_Running], load: Load, number: int, s
     one.result.turns.setdefault(load.name, []).append(summary)
     say(
         f"round {number + 1}, {load.name}, {one.result.entry.name}: "
-        f"{summary['output_throughput']:.1f} output tokens/s, {summary['failed']} failed"
+        f"{summary[load.speed_key]:.1f} tokens/s, {summary['failed']} failed"
     )
 
 
-def _guarded(one: _Running, action: Callable[[], Any], say: Say) -> Any:
+def _guarded(one: Running, action: Callable[[], Any], say: Say) -> Any:
     """The action's result; None, and the entry out of the comparison, when its engine has gone."""
     if one.result.problem:
         return None

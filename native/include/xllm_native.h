@@ -73,6 +73,17 @@ XN_EXPORT int64_t xn_matrix_num_out(const xn_matrix* matrix);
 XN_EXPORT int64_t xn_matrix_num_in(const xn_matrix* matrix);
 XN_EXPORT int64_t xn_matrix_bytes(const xn_matrix* matrix);  // memory held
 
+// ---- stored.cpp: packed weights as bytes, for a file that several processes map ------------------------
+// A record is the matrix without its panels, `xn_matrix_record_bytes` long, and means something to the very
+// library that made it only. Panels are `xn_matrix_bytes` long.
+XN_EXPORT int64_t xn_matrix_record_bytes(void);
+XN_EXPORT int32_t xn_matrix_record(const xn_matrix* matrix, void* record);
+XN_EXPORT const void* xn_matrix_panels(const xn_matrix* matrix);
+// A matrix over panels of the caller's, which must outlive it, may be read-only and stand on a cache line.
+// Refuses a record that no packer of this library makes, or one whose panels have another length.
+XN_EXPORT int32_t xn_matrix_over(
+    const void* record, int64_t record_bytes, const void* panels, int64_t panels_bytes, xn_matrix** made);
+
 // y[i] = the values of output channel ids[i], exactly as the matrix stands for them; ids must be in range.
 // Single-threaded: callers split the ids.
 XN_EXPORT int32_t xn_matrix_rows(
@@ -161,13 +172,18 @@ typedef struct {
     int64_t window;     // 0 = none
     int64_t num_items;  // filled by xn_attention_items
     const int32_t* items;
+    int64_t kv_class;  // XN_KV_…
 } xn_attention_plan;
 
-// Writes this step's K and V into layer `layer` of the pages, then attends. Pages: bf16 tiles, one per
-// (page, K or V, layer, KV head), each 64 · head_dim elements, zeroed when made. K tiles are
-// [head_dim/2][64][2], V tiles [64/2][head_dim][2].
+// What pages hold: values in bf16, or 8-bit codes with a scale per position and KV head.
+enum { XN_KV_BF16 = 0, XN_KV_INT8 = 1 };
+
+// Writes this step's K and V into layer `layer` of the pages, then attends; what it reads is what it wrote,
+// rounded. Pages consist of tiles, one per (page, K or V, layer, KV head), each of 64 · head_dim elements; K
+// tiles are [head_dim/2][64][2], V tiles [64/2][head_dim][2]. Tiles of codes are followed by 64 float32 scales.
+// A page need not be cleared before its first use: rows of a sequence must be written in order. scale > 0.
 XN_EXPORT int32_t xn_attention(
-    xn_pool* pool, const xn_attention_plan* plan, uint16_t* pages, int64_t layer, const float* q, int64_t ldq,
+    xn_pool* pool, const xn_attention_plan* plan, void* pages, int64_t layer, const float* q, int64_t ldq,
     const float* k, int64_t ldk, const float* v, int64_t ldv, float scale, float softcap, float* y,
     int64_t ldy);
 
@@ -179,8 +195,9 @@ XN_EXPORT int64_t xn_attention_items(const xn_attention_plan* plan, int32_t* ite
 
 // KV pages of the layers that share a group; pages as in xn_attention.
 typedef struct {
-    uint16_t* pages;
+    void* pages;
     int64_t num_pages, num_heads, num_kv_heads, head_dim, num_layers, window;
+    int64_t kv_class;  // XN_KV_…
 } xn_kv_group;
 
 // What one step computes: its token ids, positions, rows that yield logits and one attention plan per group.
@@ -245,6 +262,36 @@ typedef struct {
 XN_EXPORT int32_t xn_program_run(
     xn_pool* pool, const xn_node* nodes, int64_t num_nodes, const xn_step* step, int64_t rows, uint8_t* arena,
     uint8_t* carry, xn_control* control, int64_t* position);
+
+// ---- sample.cpp ----------------------------------------------------------------------------------------
+
+// A row to draw from (docs/design/0002-sampler.md, steps 7 to 11). Its choices and tokens are the entries
+// first … first + num_choices − 1 of the call's arrays.
+typedef struct {
+    const float* logits;      // (vocab), float32, after bias and penalties
+    const uint32_t* allowed;  // token i may be drawn if bit i % 32 of word i / 32 is set; NULL = all may
+    uint64_t seed;
+    double top_p, min_p;      // 1 and 0 are off
+    float temperature;        // 0 = argmax
+    int32_t top_k;            // below 1 and from vocab on it is off
+    uint32_t offset;
+    int32_t num_choices;
+    int64_t first;
+} xn_sample_row;
+
+// Per row, in `status`; the other rows are drawn all the same.
+enum {
+    XN_SAMPLE_NOT_FINITE = 101,    // NaN, or no finite maximum
+    XN_SAMPLE_NONE_ALLOWED = 102,  // the mask leaves nothing
+    XN_SAMPLE_OVERFLOW = 103,      // the temperature makes the largest logit infinite
+};
+
+XN_EXPORT int64_t xn_sample_bytes(const xn_pool* pool, int64_t vocab);  // of a workspace
+
+// Apart from the forward pass, so that masks may be made while that runs. Logits are left as they are.
+XN_EXPORT int32_t xn_sample(
+    xn_pool* pool, const xn_sample_row* rows, int64_t num_rows, int64_t vocab, const uint32_t* choices,
+    int64_t* tokens, int32_t* status, void* workspace);
 
 #ifdef __cplusplus
 }

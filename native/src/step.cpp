@@ -83,6 +83,7 @@ int32_t fill_plan(xn_step& step, int64_t g, int64_t num_sequences, const int64_t
     plan.head_dim = group.head_dim;
     plan.num_layers = group.num_layers;
     plan.window = group.window;
+    plan.kv_class = group.kv_class;
     plan.items = step.items[g].data;
     const int64_t room = step.num_rows + num_sequences;
     plan.num_items = xn_attention_items(&plan, step.items[g].data, room);

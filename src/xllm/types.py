@@ -143,9 +143,10 @@ class KVGroup(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int
     window: int | None = None
 
-    def page_bytes(self, dtype_bytes: int) -> int:
-        """Bytes of one page: K and V of every layer of the group."""
-        return 2 * len(self.layers) * PAGE_SIZE * self.num_kv_heads * self.head_dim * dtype_bytes
+    def page_bytes(self, dtype_bytes: int, scale_bytes: int = 0) -> int:
+        """Bytes of one page: K and V of every layer of the group; a scale stands for a position and head."""
+        per_head = self.head_dim * dtype_bytes + scale_bytes
+        return 2 * len(self.layers) * PAGE_SIZE * self.num_kv_heads * per_head
 
 
 class KVLayout(msgspec.Struct, frozen=True, kw_only=True):

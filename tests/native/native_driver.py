@@ -6,8 +6,9 @@ import functools
 
 from xllm.arch import ArchConfig
 from xllm.engine.kernels.native.library import find, open_library
-from xllm.engine.kernels.native.ops import NativeOps
+from xllm.engine.kernels.native.ops import KVDtype, NativeOps
 from xllm.engine.kernels.native.packing import WeightClass
+from xllm.engine.kernels.native.sampling import NativeDrawer
 from xllm.engine.model.layout import kv_layout
 from xllm.engine.model.registry import find_model
 from xllm.engine.model.weights import Tensors, load_weights
@@ -22,6 +23,13 @@ def library(isa: str | None = None):
     return None if path is None else open_library(path)
 
 
+@functools.cache
+def drawer(isa: str | None = None, num_threads: int = 1) -> NativeDrawer | None:
+    """A drawer with a pool of its own, kept for the process; None where there is no library."""
+    found = library(isa)
+    return None if found is None else NativeDrawer(found, found.xn_pool_create(num_threads))
+
+
 def make_native_runner(
     arch: ArchConfig,
     tensors: Tensors,
@@ -32,13 +40,15 @@ def make_native_runner(
     keeps_codes: bool = False,
     isa: str | None = None,
     programs: bool = True,
+    kv_dtype: KVDtype = "bfloat16",
 ) -> ModelRunner:
-    ops = NativeOps(library(isa), num_threads, weight_class, weight_class, keeps_codes)
+    ops = NativeOps(library(isa), num_threads, weight_class, weight_class, keeps_codes, kv_dtype)
     model = find_model(arch.name)
     weights = load_weights(model, arch, tensors, ops, num_positions)
     ops.probe([weights.layers[0][k] for k in ("qkv", "o", "gate_up", "down")] + [weights.top["head"]])
-    layout = kv_layout(arch, "bfloat16")
-    runner = ModelRunner(model, arch, weights, ops, layout, [num_pages] * len(layout.groups), Sampler())
+    layout = kv_layout(arch, kv_dtype)
+    sampler = Sampler(drawer=ops.row_drawer())
+    runner = ModelRunner(model, arch, weights, ops, layout, [num_pages] * len(layout.groups), sampler)
     if programs:
         runner.record(ops.programs)
     return runner

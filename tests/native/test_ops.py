@@ -35,6 +35,12 @@ def ops(request: pytest.FixtureRequest) -> NativeOps:
 
 
 @pytest.fixture(scope="module")
+def coded(ops: NativeOps) -> NativeOps:
+    """The same library with KV pages of 8-bit codes."""
+    return NativeOps(ops._lib, 2, kv_dtype="int8")
+
+
+@pytest.fixture(scope="module")
 def reference() -> TorchOps:
     return TorchOps("float32")
 
@@ -200,6 +206,40 @@ def test_attention_in_pieces_changes_no_bit(ops, case: str, pieces: list[int]) -
     assert_same(attend(ops, ops.rows, case, q, k, v, pieces), whole)
 
 
+def as_codes(x: np.ndarray, head_dim: int) -> np.ndarray:
+    """What int8 pages make of K or V: 127 steps to a position's highest magnitude in a head."""
+    heads = x.reshape(len(x), -1, head_dim)
+    most = np.abs(heads).max(axis=2, keepdims=True)
+    codes = np.rint(heads * (np.float32(127.0) / most))
+    return (codes * (most / np.float32(127.0))).reshape(x.shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_attention_over_coded_pages_agrees_with_the_reference(coded, reference, case: str) -> None:
+    q, k, v = sequence(case, 203)
+    found = attend(coded, coded.rows, case, q, k, v, [203])
+    q = torch.from_numpy(q).bfloat16().float().numpy()
+    size = CASES[case][2]
+    expected = attend(reference, torch.from_numpy, case, q, as_codes(k, size), as_codes(v, size), [203])
+    np.testing.assert_allclose(found, expected, atol=6e-3, rtol=6e-3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_attention_over_coded_pages_in_pieces_changes_no_bit(coded, monkeypatch, case: str) -> None:
+    q, k, v = sequence(case, 203)
+    whole = attend(coded, coded.rows, case, q, k, v, [203])
+    fresh = coded.kv_pages
+
+    def used(layers: KVGroup, num_pages: int):
+        pages = fresh(layers, num_pages)
+        pages.array[...] = 0xFF  # scales are NaN
+        return pages
+
+    monkeypatch.setattr(coded, "kv_pages", used)
+    for pieces in PIECES.values():
+        assert_same(attend(coded, coded.rows, case, q, k, v, pieces), whole)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_attention_in_company_changes_no_bit(ops, case: str) -> None:
     heads, kv_heads, size, window, softcap = CASES[case]
@@ -230,14 +270,29 @@ def test_a_page_given_back_inside_the_reach_of_a_row_is_refused(ops) -> None:
         ops.attention_plan(layers, 4, [KVSpan(row=0, num_rows=1, start=256, pages=held)], 1)
 
 
-def test_copied_and_cleared_pages(ops) -> None:
-    layers = group(2, 32)
-    pages = ops.kv_pages(layers, 3)
+@pytest.mark.parametrize("fill", [0xFF, 0x7F], ids=["nan", "large"])
+@pytest.mark.parametrize("pieces", [[203], *PIECES.values()], ids=["whole", *PIECES])
+def test_what_a_former_owner_left_in_a_page_changes_no_bit(ops, monkeypatch, fill: int, pieces) -> None:
+    q, k, v = sequence("gqa", 203)
+    clean = attend(ops, ops.rows, "gqa", q, k, v, [203])
+    fresh = ops.kv_pages
+
+    def used(layers: KVGroup, num_pages: int):
+        pages = fresh(layers, num_pages)
+        pages.array[...] = fill
+        ops.zero_pages(pages, range(num_pages))
+        return pages
+
+    monkeypatch.setattr(ops, "kv_pages", used)
+    assert_same(attend(ops, ops.rows, "gqa", q, k, v, pieces), clean)
+
+
+def test_a_copied_page_holds_the_same(ops) -> None:
+    pages = ops.kv_pages(group(2, 32), 3)
     pages.array[0] = 7
     ops.copy_page(pages, 0, 2)
-    ops.zero_pages(pages, [0])
-    assert not pages.array[0].any()
     assert (pages.array[2] == 7).all()
+    assert not pages.array[1].any()
 
 
 def test_memory_of_dropped_activations_is_reused(ops) -> None:

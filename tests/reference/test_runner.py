@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 import numpy as np
 import pytest
 
@@ -12,6 +11,7 @@ from xllm.arch import ArchConfig
 from xllm.artifacts.source import DummySource
 from xllm.engine.plan import SampleOp, SequencePlan, StepPlan
 from xllm.engine.runner.batch import MAX_LOGIT_ROWS
+from xllm.engine.sampling import Sampled, SampleRow
 from xllm.errors import ConfigError
 from xllm.types import SamplingParams
 
@@ -48,7 +48,7 @@ def plan_of(seq_id: int, page: int, tokens: tuple[int, ...], **changes: object) 
         first_logit_row=len(tokens) - 1,
         sample=SampleOp(params=GREEDY, seed=0, choices=(0,), offset=0),
     )
-    return dataclasses.replace(base, **changes)
+    return msgspec.structs.replace(base, **changes)
 
 
 def test_a_failure_to_sample_ends_that_sequence_only(runner) -> None:
@@ -66,7 +66,7 @@ def test_a_failure_to_sample_ends_that_sequence_only(runner) -> None:
 
 def test_a_bug_in_sampling_is_an_internal_error_without_details(runner, monkeypatch) -> None:
     class Broken:
-        def sample(self, logits: np.ndarray, op: SampleOp) -> None:
+        def sample_rows(self, logits: np.ndarray, rows: list[SampleRow]) -> list[Sampled]:
             raise RuntimeError("/secret/path")
 
     monkeypatch.setattr(runner, "_sampler", Broken())

@@ -35,13 +35,15 @@ def measure(pipeline: Any, run: dict[str, Any]) -> list[dict[str, Any]]:
     total, origin = len(run["prompts"]), time.monotonic()
     rows: list[dict[str, Any]] = []
     handles: dict[int, Any] = {}
-    while len(rows) < total or handles:
+    while (len(rows) < total or handles) and not hopeless(run, [r for r in rows if "error" in r]):
         while len(rows) < total and len(handles) < run["concurrency"]:
             index, now = len(rows), time.monotonic() - origin
             if run["at_s"][index] > now:
                 break
-            # Tokenising is part of the wait, as it is behind a server.
-            row = {"start_s": now, "ttft_s": 0.0, "itls_s": [], "num_output_tokens": 0, "error": ""}
+            # Tokenising is part of the wait, as it is behind a server; so is, in an open loop, the step
+            # that was under way when the request came.
+            start_s = now if run["concurrency"] < total else run["at_s"][index]
+            row = {"start_s": start_s, "ttft_s": 0.0, "itls_s": [], "num_output_tokens": 0}
             rows.append(row)
             prompt = pipeline.get_tokenizer().encode(run["prompts"][index]).input_ids
             row["num_input_tokens"] = prompt.get_size()
@@ -52,7 +54,23 @@ def measure(pipeline: Any, run: dict[str, Any]) -> list[dict[str, Any]]:
         pipeline.step()
         for index in [index for index, handle in handles.items() if absorb(handle, rows[index], origin)]:
             del handles[index]
-    return rows
+    for handle in handles.values():
+        handle.cancel()
+    while pipeline.has_non_finished_requests():
+        pipeline.step()
+    return [row for row in rows if "error" in row]
+
+
+def hopeless(run: dict[str, Any], ended: list[dict[str, Any]]) -> bool:
+    """Whether too many of the rows that ended are over a limit; without limits never."""
+    if "hopeless" not in run:
+        return False
+    late = sum(row["ttft_s"] > run["max_ttft_s"] for row in ended)
+    slow = sum(
+        row["end_s"] - row["start_s"] - row["ttft_s"] > run["max_tpot_s"] * (row["num_output_tokens"] - 1)
+        for row in ended
+    )
+    return max(late, slow) >= run["hopeless"]
 
 
 def absorb(handle: Any, row: dict[str, Any], origin: float) -> bool:

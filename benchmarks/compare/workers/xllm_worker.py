@@ -20,7 +20,9 @@ async def one(
         await asyncio.sleep(delay)
     params = SamplingParams(max_tokens=run["output_lens"][index], temperature=0.0, ignore_eos=True)
     async with gate:
-        start = last = time.monotonic()
+        # In an open loop this loop's own lag is part of the wait.
+        is_open = run["concurrency"] >= len(run["prompts"])
+        start = last = origin + run["at_s"][index] if is_open else time.monotonic()
         first, gaps, last_output = 0.0, [], None
         async for output in llm.generate(run["prompts"][index], params):
             now, last_output = time.monotonic(), output
@@ -39,6 +41,34 @@ async def one(
     }
 
 
+async def while_hopeful(
+    run: dict[str, Any], tasks: list[asyncio.Task[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Rows in order; with limits, only those that had ended when the run became hopeless."""
+    left = set(tasks)
+    while left:
+        _, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+        if hopeless(run, [task.result() for task in tasks if task.done()]):
+            break
+    ended = [task.result() for task in tasks if task.done()]
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+    return ended
+
+
+def hopeless(run: dict[str, Any], ended: list[dict[str, Any]]) -> bool:
+    """Whether too many of the rows that ended are over a limit; without limits never."""
+    if "hopeless" not in run:
+        return False
+    late = sum(row["ttft_s"] > run["max_ttft_s"] for row in ended)
+    slow = sum(
+        row["end_s"] - row["start_s"] - row["ttft_s"] > run["max_tpot_s"] * (row["num_output_tokens"] - 1)
+        for row in ended
+    )
+    return max(late, slow) >= run["hopeless"]
+
+
 async def serve(settings: dict[str, Any]) -> None:
     # The answer goes where stdout was; anything else that is printed goes to the log.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -48,7 +78,8 @@ async def serve(settings: dict[str, Any]) -> None:
         while line := await asyncio.to_thread(sys.stdin.readline):
             run = json.loads(line)
             gate, origin = asyncio.Semaphore(run["concurrency"]), time.monotonic()
-            rows = await asyncio.gather(*(one(llm, run, i, gate, origin) for i in range(len(run["prompts"]))))
+            tasks = [asyncio.create_task(one(llm, run, i, gate, origin)) for i in range(len(run["prompts"]))]
+            rows = await while_hopeful(run, tasks)
             print(json.dumps({"outcomes": rows}), file=answers, flush=True)
 
 

@@ -43,8 +43,17 @@ inline vf fma(vf a, vf b, vf c) {
 
 // a where the mask's lanes are −1, b where they are 0.
 inline vf select(vi mask, vf a, vf b) { return floats((bits(a) & mask) | (bits(b) & ~mask)); }
+// b where a is NaN, as the instructions have it.
+#if defined(__AVX512F__)
+inline vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+inline vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__) && defined(__FMA__)
+inline vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+inline vf min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 inline vf max(vf a, vf b) { return select(a > b, a, b); }
 inline vf min(vf a, vf b) { return select(a < b, a, b); }
+#endif
 
 inline float sum(vf x) {
     float lanes[kLanes];
@@ -132,6 +141,28 @@ inline vf exp2_of_negative(vf x) {
     return (vf)_mm512_scalef_ps((__m512)p, (__m512)whole);
 #else
     return floats(bits(p) + ((bits(shifted) - bits(magic)) << 23));
+#endif
+}
+
+// The same within 3e-6, for what is rounded to bf16 next: a polynomial of degree 4 over [0, 1).
+inline vf weight_of(vf x) {
+#if defined(__AVX512F__)
+    vf r = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#else
+    x = max(x, splat(-126.0f));
+    vi whole = __builtin_convertvector(x, vi);
+    whole += __builtin_convertvector(whole, vf) > x;
+    vf r = x - __builtin_convertvector(whole, vf);
+#endif
+    vf p = splat(1.35341456e-2f);
+    p = fma(p, r, splat(5.2011492e-2f));
+    p = fma(p, r, splat(2.41442746e-1f));
+    p = fma(p, r, splat(6.93003834e-1f));
+    p = fma(p, r, splat(1.00000259f));
+#if defined(__AVX512F__)
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+    return floats(bits(p) + (whole << 23));
 #endif
 }
 

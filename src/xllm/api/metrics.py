@@ -47,6 +47,7 @@ class Metrics:
 
         self._ttft = histogram("vllm:time_to_first_token_seconds", "Submission to first output", TTFT_S)
         self._itl = histogram("vllm:inter_token_latency_seconds", "Between outputs of a request", TOKEN_S)
+        self._itl_of: dict[str, Histogram] = {}
         self._tpot = histogram("vllm:request_time_per_output_token_seconds", "Mean after the first", TOKEN_S)
         self._e2e = histogram("vllm:e2e_request_latency_seconds", "Submission to end", LATENCY_S)
         self._queue = histogram("vllm:request_queue_time_seconds", "Waiting in the engine", LATENCY_S)
@@ -71,7 +72,14 @@ class Metrics:
     # -- FrontObserver --------------------------------------------------------------------------
 
     def on_delta(self, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
-        (self._ttft if first else self._itl).labels(model).observe(gap_s)
+        if first:
+            self._ttft.labels(model).observe(gap_s)
+            return
+        # Once a token: the look-up by labels costs as much as the observation.
+        child = self._itl_of.get(model)
+        if child is None:
+            child = self._itl_of[model] = self._itl.labels(model)
+        child.observe(gap_s)
 
     def on_ended(self, record: RequestRecord) -> None:
         model, tokens = record.model, record.usage.completion_tokens

@@ -7,7 +7,7 @@ get their own status. Knows nothing of what the events say.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 
 import msgspec
 
@@ -23,6 +23,20 @@ DONE = b"data: [DONE]\n\n"
 def event(value: object) -> bytes:
     """One event. JSON escapes newlines, so no text of a model can end an event."""
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+class TextEvent:
+    """Events that differ in one text only: encoded once around it, so that a token costs its own text.
+
+    `make(text)` is the event's value; it is called once, and what stands after the text in it must not
+    hold a NUL character.
+    """
+
+    def __init__(self, make: Callable[[str], object]) -> None:
+        self._before, _, self._after = event(make("\0")).rpartition(b'"\\u0000"')
+
+    def __call__(self, text: str) -> bytes:
+        return self._before + msgspec.json.encode(text) + self._after
 
 
 async def send_events(

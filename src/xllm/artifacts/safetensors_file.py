@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class SafetensorsFile:
         self.path = path
         try:
             with path.open("rb") as file:
+                self.stat = os.fstat(file.fileno())
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise SafetensorsError(f"{path.name} cannot be opened or is empty") from error

@@ -29,6 +29,9 @@ GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty
 class TensorSource(Protocol):
     """Tensors under their Hugging Face names, in Hugging Face's layout and conventions."""
 
+    def identity(self) -> str:
+        """Names these very bytes on this machine, for caches; "" when nothing vouches for them."""
+
     def names(self) -> Sequence[str]:
         """All parameter names, sorted."""
 
@@ -85,6 +88,9 @@ class DummySource:
 
     config: ArchConfig
     seed: int = 0
+
+    def identity(self) -> str:
+        return ""
 
     def names(self) -> Sequence[str]:
         return sorted(parameter_shapes(self.config))

@@ -16,6 +16,7 @@ from xllm.cli.serving import SECTIONS, Running, running
 from xllm.cli.settings import add_settings, load_settings
 from xllm.config import ServerConfig
 from xllm.config.load import Loaded
+from xllm.heap import settle
 from xllm.observability.logs import setup_logging
 from xllm.version import __version__
 
@@ -57,6 +58,7 @@ async def _serve(loaded: Loaded) -> int:
 
 async def _run_until(stop: asyncio.Event, ready: asyncio.Event, loaded: Loaded) -> None:
     async with running(loaded, say) as server:
+        settle()
         for line in welcome(server):
             say(line)
         ready.set()

@@ -28,6 +28,10 @@ class ModelConfig:
         "auto",
         "weights on the native platform; none = bfloat16, file = codes as the file has them",
     )
+    weights_cache: str = option(
+        "auto",
+        "directory of packed weights that engines share; auto = in the cache directory, off = none",
+    )
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = option(
         "auto", "dummy = random weights of the right shape"
     )
@@ -42,6 +46,10 @@ class CacheConfig:
 
     kv_cache_memory_bytes: int | None = option(None, "bytes for KV pages; default: a share of free memory")
     num_pages: int | None = option(None, "pages per KV group; overrides kv_cache_memory_bytes")
+    kv_cache_dtype: Literal["auto", "int8"] = option(
+        "auto",
+        "auto = as dtype; int8 = codes with a scale per token and head, half the memory (native platform)",
+    )
     enable_prefix_caching: bool = option(True, "reuse pages of equal prefixes")
 
 
@@ -66,6 +74,7 @@ class PlatformConfig:
     programs: Literal["auto", "on", "off"] = option(
         "auto", "replay recorded steps instead of calling op by op; auto = where the platform can"
     )
+    cpus: str | None = option(None, "CPUs that the engine's threads are bound to, e.g. 0-3,8; default: none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

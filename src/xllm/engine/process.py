@@ -13,12 +13,16 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 
 from xllm.clock import SystemClock
 from xllm.engine.build import BuiltEngine, build_engine
 from xllm.engine.connection import Connection
 from xllm.engine.loop import EngineLoop
+from xllm.engine.platform.host import bind_to_cpus
 from xllm.errors import ErrorInfo, XllmError
+from xllm.heap import settle
 from xllm.ids import new_request_id
 from xllm.wire.messages import WIRE_VERSION, Hello, Progress, Ready, Start, StartFailed
 
@@ -59,6 +63,7 @@ def _serve(connection: Connection) -> int:
     engine = _build(connection, start)
     if engine is None:
         return 1
+    settle()
     connection.send(Ready(card=engine.core.card, pid=os.getpid(), report=engine.report))
     try:
         EngineLoop(engine.core, engine.assets, connection.inbox, connection.send).run()
@@ -71,8 +76,14 @@ def _build(connection: Connection, start: Start) -> BuiltEngine | None:
     def progress(stage: str, elapsed_s: float) -> None:
         connection.send(Progress(stage=stage, elapsed_s=elapsed_s))
 
+    def early(assets: Mapping[str, bytes]) -> None:
+        connection.send(Progress(stage="text assets made", assets=dict(assets)))
+
     try:
-        return build_engine(start.config, SystemClock(), progress)
+        # First: whatever is started and counted from here on knows these CPUs only.
+        bound = bind_to_cpus(start.config.platform.cpus)
+        engine = build_engine(start.config, SystemClock(), progress, early)
+        return engine if bound is None else replace(engine, report=(bound, *engine.report))
     except XllmError as error:
         connection.send(StartFailed(error=error.info()))
     except Exception:

@@ -19,9 +19,9 @@ class SequenceState(enum.Enum):
     ENDED = "ended"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
-    """One token stream. The only rule: `num_computed` chases `num_tokens`.
+    """One token stream; equal to itself only. The only rule: `num_computed` chases `num_tokens`.
 
     Invariants: KV of positions < num_computed is complete in `table`; tokens[prompt_len:] is output
     and stays output after preemption or resume; `draws` lists the choices that the next draw serves
@@ -33,6 +33,8 @@ class Sequence:
     tokens: list[int]
     prompt_len: int
     draws: tuple[int, ...]
+    rank: tuple[float, ...] = ()
+    """The order's key with the choice; smaller is served first. Orders are pure, so it is made once."""
     num_computed: int = 0
     table: PageTable | None = None
     state: SequenceState = SequenceState.WAITING
@@ -53,7 +55,7 @@ class Sequence:
     @property
     def out_of_credit(self) -> bool:
         """Too far ahead of the front's commit log: its reader is slow, so it waits."""
-        return self.num_output - self.num_committed >= CREDIT_WINDOW
+        return len(self.tokens) - self.prompt_len - self.num_committed >= CREDIT_WINDOW
 
 
 @dataclass(slots=True)
@@ -89,5 +91,6 @@ class Request:
 
     @property
     def all_ended(self) -> bool:
-        drawn = {s.choice for s in self.sequences}
-        return len(drawn) == self.params.n and all(s.state is SequenceState.ENDED for s in self.sequences)
+        if len(self.sequences) != self.spec.params.n:
+            return False  # not forked yet; a choice has one sequence
+        return all(s.state is SequenceState.ENDED for s in self.sequences)

@@ -52,7 +52,9 @@ class DecodedText:
         self._held = ""
 
     def push(self, token_id: int) -> tuple[str, str | None]:
-        text = self._detokenizer.push((token_id,))
+        text = self._detokenizer.push_one(token_id)
+        if self._checker is None:
+            return text, None
         immune = self._num_immune > 0
         self._num_immune -= immune
         return self._search(text, immune=immune)

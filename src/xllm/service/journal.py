@@ -35,6 +35,8 @@ class RequestJournal:
         self.spec = spec
         self.attempt = spec.attempt
         self.choices = tuple(ChoiceLog(make_text()) for _ in range(spec.params.n))
+        self._num_open = spec.params.n
+        self._shows_stop = spec.params.include_stop_str_in_output
         self.num_prompt_tokens = len(spec.prompt_token_ids)
         self.num_cached_tokens = 0
         self.num_divergences = 0
@@ -49,7 +51,7 @@ class RequestJournal:
     @property
     def ended(self) -> bool:
         """Every choice has its finish reason."""
-        return all(c.finish_reason is not None for c in self.choices)
+        return self._num_open == 0
 
     def usage(self) -> Usage:
         return Usage(
@@ -71,8 +73,10 @@ class RequestJournal:
             raise frame.error.to_error()
         if not 0 <= frame.choice < len(self.choices):
             raise InternalError("the engine sent output for a choice that was not asked for")
-        self.num_cached_tokens = max(self.num_cached_tokens, frame.num_cached_tokens)
-        self.queue_ms = max(self.queue_ms, frame.queue_ms)
+        if frame.num_cached_tokens > self.num_cached_tokens:
+            self.num_cached_tokens = frame.num_cached_tokens
+        if frame.queue_ms > self.queue_ms:
+            self.queue_ms = frame.queue_ms
         if self._prompt_logprobs is not None:
             self._prompt_logprobs.extend(frame.prompt_logprobs)
         log = self.choices[frame.choice]
@@ -82,15 +86,20 @@ class RequestJournal:
         return delta
 
     def _commit(self, log: ChoiceLog, frame: Frame) -> Delta | None:
-        skip = self._overlap(log, frame)
-        tokens, logprobs = frame.tokens[skip:], frame.logprobs[skip:]
+        tokens, logprobs = frame.tokens, frame.logprobs
+        if skip := self._overlap(log, frame):
+            tokens, logprobs = tokens[skip:], logprobs[skip:]
         self._check(log, frame, tokens)
+        # The EOS or stop token that ended the choice is output, but its text is not shown.
+        num_shown = len(tokens)
+        if frame.finish_reason is FinishReason.STOP and not self._shows_stop:
+            num_shown -= 1
         pieces: list[str] = []
         match: str | None = None
         num_kept = 0
         for token in tokens:
             num_kept += 1
-            if self._is_hidden_stop(frame, last=num_kept == len(tokens)):
+            if num_kept > num_shown:
                 break
             piece, match = log.text.push(token)
             pieces.append(piece)
@@ -101,9 +110,9 @@ class RequestJournal:
             piece, match = log.text.finish()
             pieces.append(piece)
         if match is not None:
-            log.finish_reason, log.stop_reason = FinishReason.STOP.value, match
+            self._end(log, FinishReason.STOP, match)
         elif frame.finish_reason is not None:
-            log.finish_reason, log.stop_reason = frame.finish_reason.value, frame.stop_token_id
+            self._end(log, frame.finish_reason, frame.stop_token_id)
         if not num_kept and log.finish_reason is None:
             return None
         return Delta(
@@ -122,7 +131,7 @@ class RequestJournal:
         if behind < 0 or frame.offset < 0:
             raise InternalError("the engine's output has a gap")
         skip = min(behind, len(frame.tokens))
-        if tuple(log.tokens[frame.offset : frame.offset + skip]) != frame.tokens[:skip]:
+        if skip and tuple(log.tokens[frame.offset : frame.offset + skip]) != frame.tokens[:skip]:
             self.num_divergences += 1
         return skip
 
@@ -136,13 +145,10 @@ class RequestJournal:
         if frame.finish_reason is FinishReason.ERROR:
             raise InternalError("the engine ended a choice with an error it did not name")
 
-    def _is_hidden_stop(self, frame: Frame, *, last: bool) -> bool:
-        """The EOS or stop token that ended the choice is output, but its text is not shown."""
-        return (
-            last
-            and frame.finish_reason is FinishReason.STOP
-            and not self.spec.params.include_stop_str_in_output
-        )
+    def _end(self, log: ChoiceLog, reason: FinishReason, stop_reason: str | int | None) -> None:
+        """Called once per choice: `absorb` commits nothing to a choice that has ended."""
+        log.finish_reason, log.stop_reason = reason.value, stop_reason
+        self._num_open -= 1
 
     def _take_prompt_logprobs(self, choice: int) -> tuple[TokenLogprobs, ...] | None:
         if choice != 0 or self._prompt_logprobs is None:

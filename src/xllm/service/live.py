@@ -70,7 +70,8 @@ class LiveRequest:
         self._buffer: deque[Delta] = deque()
         self._num_buffered = 0
         self._committed = [0] * len(journal.choices)
-        self._wake = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._waiters: list[asyncio.Future[None]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._arm()
 
@@ -82,8 +83,9 @@ class LiveRequest:
     async def wait_ready(self) -> None:
         """Return once a delta or the end can be had without waiting. May be cancelled without harm."""
         while not self._buffer and not self.ended:
-            self._wake.clear()
-            await self._wake.wait()
+            waiter = self._loop.create_future()
+            self._waiters.append(waiter)
+            await waiter
 
     async def aclose(self) -> None:
         """Abort the request unless it has ended; idempotent."""
@@ -111,10 +113,13 @@ class LiveRequest:
             self.leave()
 
     def _take(self) -> Delta:
+        had_room = self._has_room
         delta = self._buffer.popleft()
         self._num_buffered -= _weight(delta)
-        self._stalled_since_s = None if self._has_room else self._clock.monotonic_s()
-        self._commit()
+        if not had_room:
+            # With room before, what is due has been committed when it came.
+            self._stalled_since_s = None if self._has_room else self._clock.monotonic_s()
+            self._commit()
         return delta
 
     # -- the front's side ---------------------------------------------------------------------
@@ -136,12 +141,14 @@ class LiveRequest:
             self._buffer.append(delta)
             self._num_buffered += _weight(delta)
             self._hooks.delivered(self, delta)
-            self._wake.set()
+            self._notify()
         if self.journal.ended:
             self._end(None, abort=self._engine_goes_on(frame))
             return
-        self._commit()
-        if not self._has_room and self._stalled_since_s is None:
+        if self._has_room:
+            if delta is not None:
+                self._commit_choice(delta.choice)
+        elif self._stalled_since_s is None:
             self._stalled_since_s = self._clock.monotonic_s()
             self._arm()
 
@@ -173,15 +180,25 @@ class LiveRequest:
         """Extend the engine's credit while the consumer keeps up. A choice that has ended gets no more."""
         if self.ended or not self._has_room:
             return
-        for index, choice in enumerate(self.journal.choices):
-            count = len(choice.tokens)
-            if choice.finish_reason is None and count - self._committed[index] >= COMMIT_EVERY:
-                self._committed[index] = count
-                self._hooks.commit(self.request_id, index, count)
+        for index in range(len(self.journal.choices)):
+            self._commit_choice(index)
+
+    def _commit_choice(self, index: int) -> None:
+        choice = self.journal.choices[index]
+        count = len(choice.tokens)
+        if choice.finish_reason is None and count - self._committed[index] >= COMMIT_EVERY:
+            self._committed[index] = count
+            self._hooks.commit(self.request_id, index, count)
 
     def _engine_goes_on(self, frame: Frame) -> bool:
         """A stop string ended the request here, the engine does not know yet."""
         return not frame.last and any(isinstance(c.stop_reason, str) for c in self.journal.choices)
+
+    def _notify(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():  # cancelled
+                waiter.set_result(None)
 
     def _drop_buffer(self) -> None:
         self._buffer.clear()
@@ -195,7 +212,7 @@ class LiveRequest:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._wake.set()
+        self._notify()
         self._hooks.ended(self, abort)
 
     def _stall_due_s(self) -> float | None:
@@ -209,7 +226,7 @@ class LiveRequest:
         if due:
             # At least a tick: the loop's clock and ours may differ by a rounding.
             delay_s = max(0.001, min(due) - self._clock.monotonic_s())
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self.check_time)
+            self._timer = self._loop.call_later(delay_s, self.check_time)
 
 
 def _weight(delta: Delta) -> int:

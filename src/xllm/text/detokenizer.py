@@ -24,6 +24,8 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
         self._strip_next = tokenizer.strips_first_space and not continuation
+        self._at_border = True
+        """No bytes of an unfinished character are held back."""
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: Iterable[int]) -> str:
@@ -32,7 +34,19 @@ class IncrementalDetokenizer:
         if self._strip_next and data:
             data = data.removeprefix(b" ")
             self._strip_next = False
-        return self._utf8.decode(data)
+        text = self._utf8.decode(data)
+        self._at_border = not self._utf8.getstate()[0]
+        return text
+
+    def push_one(self, token_id: int) -> str:
+        """`push((token_id,))`; the common token, whole characters between whole characters, is looked up."""
+        if self._at_border and not self._strip_next:
+            if self._skip_special and token_id in self._tokenizer.special_ids:
+                return ""
+            text = self._tokenizer.whole_text(token_id)
+            if text is not None:
+                return text
+        return self.push((token_id,))
 
     def finish(self) -> str:
         """The rest: bytes of an unfinished character become U+FFFD, as in `decode`."""

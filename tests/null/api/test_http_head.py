@@ -66,6 +66,31 @@ def test_keep_alive(line: str, keep: bool) -> None:
     assert (b"\r\nconnection: close\r\n" in sent.lower()) is not keep
 
 
+@pytest.mark.parametrize(
+    ("method", "version", "length"),
+    [("GET", "1.1", None), ("GET", "1.0", None), ("GET", "1.1", "11"), ("HEAD", "1.1", None)],
+)
+def test_pieces_of_a_body_are_framed_as_h11_frames_them(
+    method: str, version: str, length: str | None
+) -> None:
+    cycle, _, _ = opened(f"{method} / HTTP/{version}\r\nHost: a\r\n\r\n".encode())
+    other = h11.Connection(h11.SERVER)
+    other.receive_data(f"{method} / HTTP/{version}\r\nHost: a\r\n\r\n".encode())
+    other.next_event()
+    headers = [] if length is None else [("content-length", length)]
+    ours = cycle.start(200, headers, close=False)
+    theirs = other.send(h11.Response(status_code=200, headers=headers, reason=b"OK"))
+    assert ours == theirs
+    for piece in (b"a", b"", b"0123456789"):
+        if method == "HEAD":
+            assert cycle.data(piece) == b""
+        else:
+            assert cycle.data(piece) == other.send(h11.Data(data=piece))
+    assert cycle.end() == other.send(h11.EndOfMessage())
+    with pytest.raises(h11.LocalProtocolError):
+        cycle.data(b"late") if method != "HEAD" else cycle.end()
+
+
 @pytest.mark.parametrize("host", ["[::1]:80", "127.0.0.1", "a.b-c_d:65535"])
 def test_host_forms(host: str) -> None:
     assert head_of("GET / HTTP/1.1", f"Host: {host}").host == host.rsplit(":80", 1)[0].split(":65535")[

@@ -7,6 +7,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.null.api.conftest import MakeSite, Site, error_of, events
 from xllm.api import sse
@@ -47,6 +49,36 @@ async def test_the_text_of_a_stream_is_the_text_of_the_whole(site: Site) -> None
             assert "".join(c["text"] for c in mine) == choice["text"]
             assert [c["finish_reason"] for c in mine] == [None] * (len(mine) - 1) + ["length"]
         assert len({p["id"] for p in pieces}) == 1
+
+
+@given(text=st.text(), name=st.text())
+def test_an_event_made_around_its_text_is_the_event(text: str, name: str) -> None:
+    def value(content: str) -> dict[str, Any]:
+        return {"model": name, "choices": [{"delta": {"content": content}, "stop": None}], "usage": None}
+
+    assert sse.TextEvent(value)(text) == sse.event(value(text))
+
+
+@pytest.mark.parametrize("usage", [False, True])
+async def test_pieces_of_text_look_the_same_whether_or_not_more_is_told(site: Site, usage: bool) -> None:
+    more: dict[str, Any] = {"stream_options": {"include_usage": True}} if usage else {}
+    for ask in (site.complete, site.chat):
+        plain = events((await ask(n=2, stream=True, max_tokens=9, **more)).text)
+        told = events((await ask(n=2, stream=True, max_tokens=9, return_token_ids=True, **more)).text)
+        assert list(map(shape, plain)) == [s for s in map(shape, told) if s is not None]
+
+
+def shape(piece: Any) -> Any:
+    """An event without what is told only on request and what differs from request to request, in order."""
+    if piece == "[DONE]":
+        return piece
+    choices = [{k: v for k, v in c.items() if not k.endswith("token_ids")} for c in piece["choices"]]
+    if any(not (c.get("text") or c.get("delta") or c["finish_reason"]) for c in choices):
+        return None  # told for its token only
+    if any(c.get("delta") == {"content": ""} for c in choices):
+        return None
+    kept = {k: v for k, v in piece.items() if k not in ("id", "created", "prompt_token_ids")}
+    return json.dumps(kept | {"choices": choices})
 
 
 async def test_a_chat_stream_opens_each_choice_with_a_role(site: Site) -> None:

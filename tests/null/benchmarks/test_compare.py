@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
-from benchmarks.compare import goodput, report
-from benchmarks.compare.load import Load, loads
+from benchmarks.compare import goodput, perplexity, report
+from benchmarks.compare.load import Load, loads, prefills
 from benchmarks.compare.perplexity import compare
 from benchmarks.compare.rounds import Result
 from benchmarks.compare.settings import ENTRIES, Entry
@@ -50,6 +52,12 @@ def test_a_missing_peer_makes_the_table_incomplete() -> None:
     assert any("llama.cpp" in line and "not installed" in line for line in told)
 
 
+def test_what_was_left_out_on_purpose_is_not_called_missing() -> None:
+    left, gone = result("vllm", [1.0]), result("llama.cpp", [])
+    left.turns = {}
+    assert [row[1] for row in report.rows([left, gone], LOAD, {})] == ["left out", "missing"]
+
+
 @pytest.mark.parametrize(
     ("more", "word"),
     [
@@ -76,8 +84,29 @@ def test_fewer_than_three_rounds_are_provisional() -> None:
 
 def test_the_ceiling_adds_prefill_and_decode_time() -> None:
     # 128 tokens at 1280/s and 64 at 640/s are 0.2 s for 64 tokens: 320/s.
-    ceilings = {"bf16": {"prefill": 1280.0, "decode": {"8": 640.0}}}
+    ceilings = {"classes": {"bf16": {"prefill": {"8x128": 1280.0}, "decode": {"8": 640.0}}}}
     row = report.rows([result("xllm", [160.0])], LOAD, ceilings)[0]
+    assert row[report.COLUMNS.index("of ceiling")] == "0.50"
+
+
+def test_one_stream_is_measured_against_reading_the_weights_once_a_token() -> None:
+    alone = Load(input_len=128, output_len=64, num_requests=8, concurrency=1)
+    ceilings = {
+        "peaks": {"read_gb_s": {"1": {"best": 20.0}, "2": {"best": 30.0}}},
+        "classes": {"bf16": {"weight_bytes": 200_000_000}},
+    }
+    # 30 GB/s ÷ 0.2 GB = 150 tokens/s; 10 ms a token = 100.
+    told = report.single_stream([result("xllm", [90.0], load=alone)], [alone, LOAD], ceilings)
+    assert [line for line in told if "xllm bf16: 100 tokens/s of 150, 67%" in line]
+
+
+def test_prefill_counts_prompt_tokens() -> None:
+    load = prefills([(8, 128)])[0]
+    assert (load.name, load.num_requests, load.output_len) == ("prefill 8 x 128", 32, 1)
+    made = result("xllm", [1.0], load=load, input_throughput=1000.0)
+    ceilings = {"classes": {"bf16": {"prefill": {"8x128": 2000.0}, "decode": {}}}}
+    row = report.rows([made], load, ceilings)[0]
+    assert row[1].startswith("1000.0")
     assert row[report.COLUMNS.index("of ceiling")] == "0.50"
 
 
@@ -100,6 +129,26 @@ def test_perplexity_compares_window_by_window() -> None:
     assert score.change == pytest.approx(np.exp(0.1) - 1)
     assert score.error == pytest.approx(0.0, abs=1e-9)
     assert score.num_tokens == 20
+
+
+def test_kept_reference_losses_are_used_for_the_same_texts_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    def measure(_args: Any, _folder: Path, weights: str) -> dict[str, list[float]]:
+        measured.append(weights)
+        return {"prose": [float(len(measured))]}
+
+    monkeypatch.setattr(perplexity, "measure", measure)
+    monkeypatch.setattr(perplexity, "resolve", lambda _: SimpleNamespace(weights_digest=lambda: "digest"))
+    monkeypatch.setattr(perplexity, "version", lambda _: "1")
+    args = argparse.Namespace(model="m", tokens=10, window=5, reference_cache=tmp_path)
+    first = perplexity.reference(args, tmp_path, {"prose": "a"})
+    assert perplexity.reference(args, tmp_path, {"prose": "a"}) == first == {"prose": [1.0]}
+    assert perplexity.reference(args, tmp_path, {"prose": "b"}) == {"prose": [2.0]}
+    args.window = 6
+    assert perplexity.reference(args, tmp_path, {"prose": "b"}) == {"prose": [3.0]}
 
 
 def test_every_encoding_of_a_peer_has_one_of_ours_to_stand_against() -> None:
@@ -134,7 +183,9 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("encoding", "bound"), [("bf16", 4e-3), ("q8_0", 5e-3), ("q4_1", 0.05)])
+@pytest.mark.parametrize(
+    ("encoding", "bound"), [("bf16", 4e-3), ("q8_0", 5e-3), ("q4_1", 0.05), ("q4_0", 0.15)]
+)
 def test_an_encoding_keeps_metadata_and_values(
     source: Path, tmp_path: Path, encoding: str, bound: float
 ) -> None:
@@ -145,7 +196,7 @@ def test_an_encoding_keeps_metadata_and_values(
     assert 0.0 < same_values(source, target) < bound
     kinds = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
     assert kinds["n.weight"] == GGMLQuantizationType.F32
-    if encoding == "q4_1":
+    if encoding.startswith("q4"):
         assert kinds["token_embd.weight"] == GGMLQuantizationType.Q8_0
 
 

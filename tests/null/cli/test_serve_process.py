@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -44,7 +45,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: Path) -> Iterator[ServerProcess]:
-    process = ServerProcess([str(model), "--platform", "null", "--served-model-name", "tiny"])
+    cpu = str(max(os.sched_getaffinity(0)))
+    process = ServerProcess([str(model), "--platform", "null", "--served-model-name", "tiny", "--cpus", cpu])
     try:
         process.wait_ready(60)
         yield process
@@ -59,6 +61,18 @@ def test_start_up_tells_where_time_went_and_why(server: ServerProcess) -> None:
     assert "max_model_len=1024: the model's own limit" in told
     assert " s  HTTP" in told
     assert "try: curl http://127.0.0.1:" in told
+
+
+def test_every_thread_of_the_engine_is_bound_to_the_cpus_asked_for_and_the_front_is_not(
+    server: ServerProcess,
+) -> None:
+    task = Path(f"/proc/{server.pid}/task/{server.pid}")
+    (engine,) = (task / "children").read_text().split()
+    threads = [int(t.name) for t in Path(f"/proc/{engine}/task").iterdir()]
+    allowed = os.sched_getaffinity(0)
+    assert len(threads) > 1
+    assert {frozenset(os.sched_getaffinity(t)) for t in threads} == {frozenset([max(allowed)])}
+    assert os.sched_getaffinity(server.pid) == allowed
 
 
 def test_the_printed_server_answers(server: ServerProcess) -> None:

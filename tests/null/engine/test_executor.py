@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import msgspec
 
 from xllm.engine.executor import InProcExecutor
 from xllm.engine.plan import PageCopy, SequencePlan, SequenceResult, StepPlan, StepResult
@@ -56,6 +56,6 @@ def test_copies_run_once_and_before_any_row() -> None:
 
 def test_a_step_without_failure_is_run_once() -> None:
     runner = Flaky(ValueError("x"))
-    plan = dataclasses.replace(PLAN, sequences=(entry(0), entry(2)), copies=())
+    plan = msgspec.structs.replace(PLAN, sequences=(entry(0), entry(2)), copies=())
     InProcExecutor(runner).execute(plan)
     assert runner.asked == [((0, 2), 0)]

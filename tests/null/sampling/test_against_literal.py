@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.null.sampling import literal
 from xllm.engine.plan import SampleOp
-from xllm.engine.sampling import Sampler, sampler
+from xllm.engine.sampling import Sampler, drawing
 from xllm.engine.sampling import candidates as candidates_module
 from xllm.engine.sampling.candidates import candidates
 from xllm.errors import RequestError
@@ -87,7 +87,7 @@ def test_no_shortcut_changes_a_draw(
     monkeypatch: pytest.MonkeyPatch, few: int, slack: float, small: int
 ) -> None:
     """Each shortcut is switched off or forced in turn; tokens stay those of the literal sampler."""
-    monkeypatch.setattr(sampler, "_FEW", few)
+    monkeypatch.setattr(drawing, "_FEW", few)
     monkeypatch.setattr(candidates_module, "_SLACK", slack)
     monkeypatch.setattr(candidates_module, "_SMALL", small)
     for seed in range(12):

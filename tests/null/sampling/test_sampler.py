@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xllm.engine.plan import SampleOp
-from xllm.engine.sampling import Sampler, needs_history
-from xllm.errors import InternalError, RequestError
+from xllm.engine.sampling import Sampler, SampleRow, needs_history
+from xllm.engine.sampling.constraints import Constraints
+from xllm.errors import InternalError, RequestError, XllmError
 from xllm.types import SamplingParams
 
 WIDTH = 96
@@ -181,6 +182,26 @@ def test_ids_outside_the_logits_end_only_their_request(params: dict[str, Any]) -
     with pytest.raises(RequestError) as caught:
         token(row(), op(**params))
     assert caught.value.code == "value_out_of_range"
+
+
+def test_an_error_or_a_bug_ends_its_row_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = np.stack([row(i) for i in range(4)])
+    logits[1, 3] = math.nan
+    bug = op(prompt=(3,), repetition_penalty=2.0)
+    ops = [op(), op(), op(allowed_token_ids=(1,), banned=(1,)), bug, op(seed=5)]
+    rows = [SampleRow(min(i, 3), case) for i, case in enumerate(ops)]
+
+    def penalise(self: Constraints, x: np.ndarray, case: SampleOp) -> None:
+        if case is bug:
+            raise RuntimeError("/secret/path")
+
+    monkeypatch.setattr(Constraints, "penalise", penalise)
+    found = Sampler().sample_rows(logits, rows)
+    assert [f.code if isinstance(f, XllmError) else None for f in found] == [
+        None, "internal_error", "no_token_allowed", "internal_error", None,
+    ]  # fmt: skip
+    assert "secret" not in str(found[3])
+    assert found[4] == Sampler().sample(logits[3], ops[4])
 
 
 def test_one_sampler_keeps_requests_apart() -> None:

@@ -23,6 +23,7 @@ from xllm.config import FrontConfig
 from xllm.errors import (
     AbortedError,
     CapacityError,
+    ConfigError,
     DeadlineError,
     ErrorInfo,
     InternalError,
@@ -376,6 +377,29 @@ async def test_a_model_is_found_by_its_aliases_but_an_id_beats_another_models_al
     assert [text_of(await collect(s)) for s in streams] == ["miau", "miau", "wuff"]
 
 
+async def test_text_that_was_prepared_is_not_fetched_again(house: House) -> None:
+    house.front.prepare_text(dict(ASSETS))
+    engine = SampleEngine(sample_card(ASSETS), {})
+    house.engines.append(engine)
+    await house.front.add_instance(engine.stream, engine.card, name="engine-0")
+    assert house.front.text("sample").tokenizer.num_tokens == 512
+
+
+async def test_prepared_text_that_does_not_fit_the_card_is_not_used(house: House) -> None:
+    house.front.prepare_text({**ASSETS, "text_config": b'{"bos_token_id": 77}'})
+    await house.engine()
+    assert house.front.text("sample").tokenizer.bos_token_id != 77
+
+
+async def test_unusable_prepared_text_refuses_the_instance_that_has_it(house: House) -> None:
+    bad = {"tokenizer": b"{}"}
+    house.front.prepare_text(bad)
+    engine = SampleEngine(sample_card(bad), bad)
+    house.engines.append(engine)
+    with pytest.raises(ConfigError, match="tokenizer"):
+        await house.front.add_instance(engine.stream, engine.card, name="engine-0")
+
+
 async def test_an_engine_without_its_text_assets_is_refused_and_closed(house: House) -> None:
     card = msgspec.structs.replace(sample_card(ASSETS), assets={"tokenizer": "unknown"})
     house.engines.append(SampleEngine(sample_card(ASSETS), ASSETS))
@@ -384,6 +408,18 @@ async def test_an_engine_without_its_text_assets_is_refused_and_closed(house: Ho
     assert house.front.models() == []
     with pytest.raises(ConnectionError):
         await house.engines[0].stream.send(Drain())
+
+
+async def test_a_frame_of_another_attempt_may_name_any_choice(house: House) -> None:
+    engine = await house.engine(auto=False)
+    stream = await house.submit(max_tokens=1)
+    await engine.saw(Submit)
+    for choice in (-7, 99):
+        engine.say(Frame(request_id=stream.request_id, attempt=3, choice=choice, tokens=byte_ids("x")))
+    engine.step()
+    deltas, _ = await outcome(stream)
+    assert text_of(deltas) == "h"
+    assert stream.error is None
 
 
 async def test_an_instance_cannot_speak_for_a_request_of_another(house: House) -> None:

@@ -34,6 +34,19 @@ def test_text_survives_encoding_and_one_token_at_a_time(family: str, text: str) 
     assert "".join(detokenizer.push([i]) for i in ids) + detokenizer.finish() == text
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@given(ids=st.lists(st.integers(0, 600), max_size=40), skip=st.booleans(), continuation=st.booleans())
+def test_one_token_at_a_time_is_the_same_as_any_other_way(
+    family: str, ids: list[int], skip: bool, continuation: bool
+) -> None:
+    tokenizer = FAMILIES[family]().tokenizer
+    detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip, continuation=continuation)
+    other = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip, continuation=continuation)
+    for token in ids:
+        assert detokenizer.push_one(token) == other.push((token,))
+    assert detokenizer.finish() == other.finish()
+
+
 def test_an_unfinished_character_is_held_back_and_becomes_a_replacement_character_at_the_end() -> None:
     tokenizer = byte_level().tokenizer
     first, *rest = tokenizer.encode("é", parse_special=False)

@@ -26,6 +26,9 @@ _CHUNK_LINE_START = re.compile(rb"(?:[0-9A-Fa-f]{1,9}%b(?:\r|\r\n\r?)?)?" % _EXT
 _FEED_BYTES = 16 * 1024
 """h11 gets chunks in pieces of this size: what it has not consumed is copied for each chunk line."""
 
+_CHUNKED_LINE = b"\r\ntransfer-encoding: chunked\r\n"
+"""In a response's head: h11 chose to send chunks."""
+
 _STATUS_TEXT = {status.value: status.phrase.encode("ascii") for status in HTTPStatus}
 
 
@@ -41,6 +44,7 @@ class Cycle:
         self._num_chunks = 0
         self._line_is_due = False
         self._bodyless = False
+        self._sends_chunks = False
         self.has_whole_request = False
 
     # -- the request ----------------------------------------------------------------------------
@@ -144,13 +148,21 @@ class Cycle:
         if close:
             lines.append((b"connection", b"close"))
         reason = _STATUS_TEXT.get(status, b"")
-        return self._h11.send(h11.Response(status_code=status, headers=lines, reason=reason))
+        head = self._h11.send(h11.Response(status_code=status, headers=lines, reason=reason))
+        self._sends_chunks = _CHUNKED_LINE in head.lower()
+        return head
 
     def data(self, data: bytes) -> bytes:
         """A piece of the response's body; nothing for a HEAD request."""
-        return b"" if self._bodyless else self._h11.send(h11.Data(data=data))
+        if self._bodyless:
+            return b""
+        if self._sends_chunks and data:
+            # What h11 would write, and its state stays as it is; a chunk is sent for every token.
+            return b"%x\r\n%b\r\n" % (len(data), data)
+        return self._h11.send(h11.Data(data=data))
 
     def end(self) -> bytes:
+        self._sends_chunks = False
         return self._h11.send(h11.EndOfMessage())
 
     @property

@@ -29,7 +29,7 @@ from xllm.api.openai.params import (
     read_sampling,
 )
 from xllm.api.openai.refused import read_inert, refuse_unsupported
-from xllm.api.sse import event, send_events
+from xllm.api.sse import TextEvent, event, send_events
 from xllm.errors import RequestError
 from xllm.service.draft import RequestDraft
 from xllm.service.stream import Delta
@@ -205,22 +205,32 @@ async def _events(job: Job, batch: Batch, base: dict[str, Any]) -> AsyncIterator
     wants_tokens = job.num_top is not None or delivery.return_token_ids
     opened: set[int] = set()
 
-    def chunk(choice: dict[str, Any], **more: Any) -> bytes:
+    def chunk(choice: dict[str, Any], **more: Any) -> dict[str, Any]:
         value = {**base, "choices": [choice], **more}
         if delivery.continuous_usage:
             value["usage"] = usage_json(batch.usage())
         elif delivery.include_usage:
             value["usage"] = None
-        return event(value)
+        return value
 
+    def text_event(index: int) -> TextEvent:
+        return TextEvent(lambda text: chunk(_piece(job, index, Delta(choice=index, text=text))))
+
+    only_text = not (wants_tokens or delivery.continuous_usage)
+    texts: dict[int, TextEvent] = {}
     async for index, delta in batch.deltas():
         if index not in opened:
             more = _prompt_part(job, delta) if not opened else {}
             opened.add(index)
             first = {"role": "assistant", "content": ""}
-            yield chunk({"index": index, "delta": first, "logprobs": None, "finish_reason": None}, **more)
-        if delta.text or delta.finish_reason or (wants_tokens and delta.token_ids):
-            yield chunk(_piece(job, index, delta))
+            opening = {"index": index, "delta": first, "logprobs": None, "finish_reason": None}
+            yield event(chunk(opening, **more))
+            texts[index] = text_event(index)
+        if only_text and delta.finish_reason is None:
+            if delta.text:
+                yield texts[index](delta.text)
+        elif delta.text or delta.finish_reason or (wants_tokens and delta.token_ids):
+            yield event(chunk(_piece(job, index, delta)))
     if delivery.include_usage:
         yield event({**base, "choices": [], "usage": usage_json(batch.usage())})
 

@@ -27,7 +27,7 @@ from xllm.api.openai.params import (
     read_sampling,
 )
 from xllm.api.openai.refused import read_inert, refuse_unsupported
-from xllm.api.sse import event, send_events
+from xllm.api.sse import TextEvent, event, send_events
 from xllm.errors import RequestError
 from xllm.service.draft import RequestDraft
 from xllm.service.stream import Delta
@@ -190,12 +190,16 @@ class _ChoiceFormat:
         self._prompt = job.prompts[prompt]
         self._tokenizer = job.model.text.tokenizer
         self._logprobs = CompletionLogprobs(self._tokenizer, tokens_as_ids=job.delivery.tokens_as_ids)
+        self._wants_tokens = job.params.logprobs is not None or job.delivery.return_token_ids
         self._first = True
+
+    def is_only_text(self, delta: Delta) -> bool:
+        """Whether a chunk tells no more than the text of `delta`."""
+        return not (self._wants_tokens or self._first or delta.finish_reason or delta.prompt_logprobs)
 
     def piece(self, index: int, delta: Delta) -> dict[str, Any] | None:
         """A stream chunk's choice; None when there is nothing to tell yet."""
-        wants_tokens = self._job.params.logprobs is not None or self._job.delivery.return_token_ids
-        if not (delta.text or delta.finish_reason or self._first or (wants_tokens and delta.token_ids)):
+        if not (delta.text or delta.finish_reason or self._first or (self._wants_tokens and delta.token_ids)):
             return None
         piece = Choice(
             delta.text,
@@ -241,16 +245,28 @@ class _ChoiceFormat:
 async def _events(job: Job, batch: Batch, base: dict[str, Any]) -> AsyncIterator[bytes]:
     formats = [_ChoiceFormat(job, i // batch.n) for i in range(batch.num_choices)]
     delivery = job.delivery
-    async for index, delta in batch.deltas():
-        choice = formats[index].piece(index, delta)
-        if choice is None:
-            continue
-        chunk = {**base, "choices": [choice]}
+
+    def chunk(choice: dict[str, Any] | None) -> dict[str, Any]:
+        value = {**base, "choices": [choice]}
         if delivery.continuous_usage:
-            chunk["usage"] = usage_json(batch.usage())
+            value["usage"] = usage_json(batch.usage())
         elif delivery.include_usage:
-            chunk["usage"] = None
-        yield event(chunk)
+            value["usage"] = None
+        return value
+
+    def text_event(index: int) -> TextEvent:
+        return TextEvent(lambda text: chunk(formats[index].piece(index, Delta(choice=index, text=text))))
+
+    texts: dict[int, TextEvent] = {}
+    async for index, delta in batch.deltas():
+        if not delivery.continuous_usage and formats[index].is_only_text(delta):
+            if not delta.text:
+                continue
+            if index not in texts:
+                texts[index] = text_event(index)
+            yield texts[index](delta.text)
+        elif (choice := formats[index].piece(index, delta)) is not None:
+            yield event(chunk(choice))
     if delivery.include_usage:
         yield event({**base, "choices": [], "usage": usage_json(batch.usage())})
 

@@ -6,10 +6,11 @@ innocent get exactly what the joint step would have given them.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from typing import Protocol
+
+import msgspec
 
 from xllm.engine.plan import SequencePlan, SequenceResult, StepPlan, StepResult
 from xllm.errors import ErrorInfo, XllmError
@@ -32,8 +33,8 @@ class InProcExecutor:
         if plan.copies:
             # On their own, and once: a source may be overwritten by this very step's rows, so a
             # second run of the sequences must not copy again.
-            self._runner.execute(dataclasses.replace(plan, sequences=()))
-            plan = dataclasses.replace(plan, copies=())
+            self._runner.execute(msgspec.structs.replace(plan, sequences=()))
+            plan = msgspec.structs.replace(plan, copies=())
         try:
             result = self._runner.execute(plan)
         except Exception:
@@ -41,7 +42,7 @@ class InProcExecutor:
                 "step %d failed; running its %d sequences one by one", plan.step, len(plan.sequences)
             )
             result = self._one_by_one(plan)
-        return dataclasses.replace(result, elapsed_ms=(time.perf_counter() - started) * 1000)
+        return msgspec.structs.replace(result, elapsed_ms=(time.perf_counter() - started) * 1000)
 
     def close(self) -> None:
         self._runner.close()
@@ -53,7 +54,7 @@ class InProcExecutor:
         return StepResult(step=plan.step, sequences=tuple(results))
 
     def _alone(self, plan: StepPlan, sequence: SequencePlan) -> tuple[SequenceResult, ...]:
-        part = dataclasses.replace(plan, sequences=(sequence,))
+        part = msgspec.structs.replace(plan, sequences=(sequence,))
         try:
             return self._runner.execute(part).sequences
         except XllmError as error:

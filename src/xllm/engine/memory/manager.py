@@ -25,7 +25,7 @@ def pages_for(num_tokens: int) -> int:
 
 @dataclass(slots=True)
 class PageTable:
-    """One sequence's pages. Written only by PageManager.
+    """One sequence's pages. Written only by PageManager, which clears `planned` whenever `pages` change.
 
     `pages[g][i]` covers positions [64·i, 64·i+64); all groups have the same length.
     `chain[i]` is the digest of page i for i < num_published; `root` is the chain's first parent.
@@ -34,13 +34,17 @@ class PageTable:
     root: bytes
     pages: list[list[int]]
     chain: list[bytes] = field(default_factory=list)
+    planned: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def num_pages(self) -> int:
         return len(self.pages[0])
 
     def as_plan(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(group) for group in self.pages)
+        """`pages` as a value; made anew only after a change, since pages change once in 64 tokens."""
+        if self.planned is None:
+            self.planned = tuple(tuple(group) for group in self.pages)
+        return self.planned
 
 
 class PageManager:
@@ -50,6 +54,7 @@ class PageManager:
         self, groups: Sequence[KVGroup], num_pages: Sequence[int], enable_prefix_caching: bool
     ) -> None:
         self._windows = [g.window for g in groups]
+        self._limited = [(g, w) for g, w in enumerate(self._windows) if w is not None]
         self._pools = [PagePool(n) for n in num_pages]
         self._caching = enable_prefix_caching
 
@@ -74,6 +79,7 @@ class PageManager:
                         if page != FREED:
                             pool.share(page)
                 table.pages = found
+                table.planned = None
                 table.chain = [k.digest for k in keys]
                 return table
             keys.pop()
@@ -81,9 +87,12 @@ class PageManager:
 
     def grow(self, table: PageTable, num_tokens: int) -> bool:
         """Make the table cover `num_tokens`; False (and nothing taken) if a pool cannot."""
+        if num_tokens <= len(table.pages[0]) * PAGE_SIZE:
+            return True
         if not self.can_grow(table, num_tokens):
             return False
         missing = pages_for(num_tokens) - table.num_pages
+        table.planned = None
         for pool, group in zip(self._pools, table.pages, strict=True):
             group.extend(pool.allocate() for _ in range(missing))
         return True
@@ -95,11 +104,10 @@ class PageManager:
 
     def computed(self, table: PageTable, tokens: Sequence[int], num_computed: int) -> None:
         """After a step: name the pages that became full, give back what no later row can see."""
-        if self._caching:
+        if self._caching and num_computed >= (len(table.chain) + 1) * PAGE_SIZE:
             self._publish(table, tokens, num_computed // PAGE_SIZE)
-        for g, window in enumerate(self._windows):
-            if window is not None:
-                self._free_until(table, g, self._first_visible(window, num_computed))
+        for g, window in self._limited:
+            self._free_until(table, g, self._first_visible(window, num_computed))
 
     def fork(self, table: PageTable, num_tokens: int) -> tuple[PageTable, list[PageCopy]] | None:
         """A second table over the same `num_tokens`: full pages shared, the partial one copied.
@@ -126,6 +134,7 @@ class PageManager:
 
     def release(self, table: PageTable) -> None:
         """Give every page back, last page first; the table is empty afterwards."""
+        table.planned = None
         for pool, group in zip(self._pools, table.pages, strict=True):
             for page in reversed(group):
                 if page != FREED:
@@ -216,5 +225,6 @@ class PageManager:
         for i in range(min(first, len(group)) - 1, -1, -1):
             if group[i] == FREED:
                 break
+            table.planned = None
             self._pools[g].release(group[i])
             group[i] = FREED

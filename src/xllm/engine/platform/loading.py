@@ -11,7 +11,7 @@ from xllm.engine.kernels.ops import Backend
 from xllm.engine.kernels.programs import MakePrograms
 from xllm.engine.model.layout import ORDER, kv_layout
 from xllm.engine.model.registry import find_model
-from xllm.engine.model.weights import load_weights, weight_bytes
+from xllm.engine.model.weights import Kept, load_weights, weight_bytes
 from xllm.engine.platform.base import BuiltRunner, TensorSource
 from xllm.engine.runner.kv_size import DTYPE_BYTES, choose_num_pages
 from xllm.engine.runner.runner import ModelRunner
@@ -36,10 +36,13 @@ def load_runner(
     numerics: tuple[str, ...],
     report: tuple[str, ...],
     kv_order: str = ORDER,
+    kv_dtype: str | None = None,
     make_programs: MakePrograms | None = None,
+    kept: Kept | None = None,
 ) -> BuiltRunner:
     """`free_bytes` is asked before and after loading. `numerics` and `report` are the platform's own,
-    `kv_order` is how its backend keeps a page, `make_programs` how it records, if it does."""
+    `kv_order` is how its backend keeps a page, `kv_dtype` in what if not in `dtype`, `make_programs` how
+    it records, if it does, `kept` where it keeps packed weights between starts."""
     model = find_model(arch.name)
     needed, free = weight_bytes(model.parameters(arch), DTYPE_BYTES[dtype]), free_bytes()
     if needed > free:
@@ -48,11 +51,11 @@ def load_runner(
             "choose a smaller model or dtype",
             param="dtype",
         )
-    weights = load_weights(model, arch, tensors, ops, max_model_len)
+    weights = load_weights(model, arch, tensors, ops, max_model_len, kept)
     # One layer has every shape of the others; vectors are not multiplied.
     shapes = [weights.layers[0][key] for key in ("qkv", "o", "gate_up", "down") if key in weights.layers[0]]
     ops.probe([*shapes, weights.top["head"]])
-    layout = kv_layout(arch, dtype, kv_order)
+    layout = kv_layout(arch, kv_dtype or dtype, kv_order)
     num_pages, why_pages = choose_num_pages(layout, config, max_model_len, free_bytes())
     runner = ModelRunner(model, arch, weights, ops, layout, num_pages, sampler, numerics)
     why_programs = _programs(runner, config, make_programs)
@@ -96,9 +99,13 @@ def _programs(runner: ModelRunner, config: EngineConfig, make: MakePrograms | No
 
 
 def no_quantize(config: EngineConfig) -> tuple[str, ...]:
-    """Why a platform that computes on dequantised weights cannot serve `quantize`; empty = it can."""
-    asked = config.model.quantize
-    return () if asked in ("auto", "none") else (f"quantize={asked} needs the native platform",)
+    """Why a platform that keeps neither weights nor KV as codes cannot serve this; empty = it can."""
+    reasons = []
+    if config.model.quantize not in ("auto", "none"):
+        reasons.append(f"quantize={config.model.quantize} needs the native platform")
+    if config.cache.kv_cache_dtype != "auto":
+        reasons.append(f"kv_cache_dtype={config.cache.kv_cache_dtype} needs the native platform")
+    return tuple(reasons)
 
 
 def resolve_dtype(asked: str, automatic: str, why: str) -> tuple[str, str]:

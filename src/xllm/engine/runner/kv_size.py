@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from xllm.config.schema import EngineConfig
 from xllm.errors import ConfigError
-from xllm.types import KVLayout
+from xllm.types import KVGroup, KVLayout
 
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+SCALE_BYTES = {"int8": 4}
+"""Beside the elements of a position and head, where a KV dtype has scales."""
 
 _SHARE = 0.25
 _MAX_AUTO_BYTES = 4 << 30
@@ -14,6 +16,10 @@ _MAX_SHARE = 0.8
 """Beyond this part of free memory not even one sequence of full length is worth it."""
 
 _MIB = 1 << 20
+
+
+def page_bytes_of(group: KVGroup, dtype: str) -> int:
+    return group.page_bytes(DTYPE_BYTES[dtype], SCALE_BYTES.get(dtype, 0))
 
 
 def choose_num_pages(
@@ -24,7 +30,7 @@ def choose_num_pages(
     `free_bytes` is counted after the weights are loaded. Raises ConfigError when one sequence of
     `max_model_len` tokens would not fit, since such a request could never run.
     """
-    page_bytes = sum(g.page_bytes(DTYPE_BYTES[layout.dtype]) for g in layout.groups)
+    page_bytes = sum(page_bytes_of(g, layout.dtype) for g in layout.groups)
     needed = -(-max_model_len // layout.page_size)
     useful = needed * config.scheduler.max_num_seqs
     num_pages, why = _number(config, page_bytes, needed, useful, free_bytes)

@@ -15,9 +15,9 @@ from xllm.engine.kernels.ops import F32, Backend, Buffer, KVPages
 from xllm.engine.kernels.programs import LoadedModel, MakePrograms, ProgramCounters, StepPrograms
 from xllm.engine.model.definition import LoadedWeights, ModelDefinition
 from xllm.engine.model.layout import layer_places
-from xllm.engine.plan import ChoiceTokens, SequencePlan, SequenceResult, StepPlan, StepResult
+from xllm.engine.plan import ChoiceTokens, SampleOp, SequencePlan, SequenceResult, StepPlan, StepResult
 from xllm.engine.runner.batch import LogitPiece, build_batch, logit_slices, new_pages
-from xllm.engine.sampling import Sampler
+from xllm.engine.sampling import Sampled, Sampler, SampleRow
 from xllm.errors import ErrorInfo, XllmError
 from xllm.types import KVLayout, TokenLogprobs
 
@@ -114,10 +114,7 @@ class ModelRunner:
             count = sum(p.count for p in pieces)
             logits = self._logits(hidden, first, count)
             first += count
-            row = 0
-            for piece in pieces:
-                self._sample(results[piece.index], piece, logits[row : row + piece.count])
-                row += piece.count
+            self._sample(results, pieces, logits)
 
     def _hidden(self, sequences: Sequence[SequencePlan]) -> Buffer:
         if self.programs is not None:
@@ -140,26 +137,50 @@ class ModelRunner:
         logits = self._model.head(self._ops, self._arch, self._weights, taken)
         return self._ops.to_numpy(logits)[:count, : self._arch.vocab_size]
 
-    def _sample(self, partial: _Partial, piece: LogitPiece, logits: F32) -> None:
-        """Use one piece of a sequence's logits; whatever goes wrong ends this sequence only."""
-        sequence = partial.sequence
-        if self.logits_tap is not None:
-            first = sequence.start + sequence.first_logit_row + piece.offset
-            for i, row in enumerate(logits):
-                self.logits_tap(sequence.seq_id, first + i, row.copy())
-        if partial.error is not None:
+    def _sample(self, results: Sequence[_Partial], pieces: Sequence[LogitPiece], logits: F32) -> None:
+        """Use a slice of the step's logits; whatever goes wrong in a sequence's part ends that one only."""
+        drawing: list[_Partial] = []
+        rows: list[SampleRow] = []
+        end = 0
+        for piece in pieces:
+            partial = results[piece.index]
+            first, end = end, end + piece.count
+            if self.logits_tap is not None:
+                _tap(self.logits_tap, partial.sequence, piece, logits[first:end])
+            if partial.error is not None:
+                continue
+            try:
+                partial.score(self._sampler, piece, logits[first:end])
+            except XllmError as error:
+                partial.error = error.info()
+            except Exception:
+                log.exception("log-probabilities of sequence %d failed", partial.sequence.seq_id)
+                partial.error = _SAMPLING_FAILED
+            op = partial.op_after(piece)
+            if op is not None and partial.error is None:
+                drawing.append(partial)
+                rows.append(SampleRow(end - 1, op))
+        if not rows:
             return
         try:
-            partial.absorb(self._sampler, piece, logits)
-        except XllmError as error:
-            partial.error = error.info()
+            for partial, sampled in zip(drawing, self._sampler.sample_rows(logits, rows), strict=True):
+                partial.take(sampled)
         except Exception:
-            log.exception("sampling of sequence %d failed", sequence.seq_id)
-            partial.error = _SAMPLING_FAILED
+            log.exception("sampling of a step failed")
+            for partial in drawing:
+                partial.error = _SAMPLING_FAILED
+
+
+def _tap(tap: LogitsTap, sequence: SequencePlan, piece: LogitPiece, logits: F32) -> None:
+    first = sequence.start + sequence.first_logit_row + piece.offset
+    for i, row in enumerate(logits):
+        tap(sequence.seq_id, first + i, row.copy())
 
 
 class _Partial:
     """A sequence's result while its logits arrive in pieces."""
+
+    __slots__ = ("_choices", "_scored", "error", "sequence")
 
     def __init__(self, sequence: SequencePlan) -> None:
         self.sequence = sequence
@@ -167,14 +188,24 @@ class _Partial:
         self._choices: tuple[ChoiceTokens, ...] = ()
         self._scored: list[TokenLogprobs] = []
 
-    def absorb(self, sampler: Sampler, piece: LogitPiece, logits: F32) -> None:
+    def score(self, sampler: Sampler, piece: LogitPiece, logits: F32) -> None:
+        """Log-probabilities of the prompt's tokens, where the plan asks for them."""
         sequence = self.sequence
         if sequence.prompt_logprobs is not None:
             targets = sequence.prompt_targets[piece.offset : piece.offset + piece.count]
             self._scored.extend(sampler.prompt_logprobs(logits, targets, sequence.prompt_logprobs))
+
+    def op_after(self, piece: LogitPiece) -> SampleOp | None:
+        """What is to be drawn from the last row of this piece."""
+        sequence = self.sequence
         is_last = sequence.first_logit_row + piece.offset + piece.count == len(sequence.tokens)
-        if is_last and sequence.sample is not None:
-            self._choices = sampler.sample(logits[-1], sequence.sample)
+        return sequence.sample if is_last else None
+
+    def take(self, sampled: Sampled) -> None:
+        if isinstance(sampled, XllmError):
+            self.error = sampled.info()
+        else:
+            self._choices = sampled
 
     def result(self) -> SequenceResult:
         if self.error is not None:

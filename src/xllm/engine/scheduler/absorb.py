@@ -21,11 +21,11 @@ def apply_result(
         request.prompt_logprobs.extend(outcome.prompt_logprobs)
     drawn: dict[int, tuple[int, ...]] = {}
     for choice in outcome.choices:
-        drawn[choice.choice] = tuple(t.token_id for t in choice.tokens)
-        if request.params.logprobs is not None:
+        drawn[choice.choice] = tuple([t.token_id for t in choice.tokens])
+        if request.spec.params.logprobs is not None:
             kept = request.token_logprobs.setdefault(choice.choice, [])
             kept.extend(t.logprobs for t in choice.tokens if t.logprobs is not None)
-    asked = set(entry.sample.choices) if entry.sample is not None else set()
-    if set(drawn) != asked:
+    asked = entry.sample.choices if entry.sample is not None else ()
+    if tuple(drawn) != asked and set(drawn) != set(asked):
         raise InternalError("the runner drew for other choices than the plan asked for")
     return drawn

@@ -5,7 +5,9 @@ Exactly one frame per request carries `last`; this module is the only place that
 
 from __future__ import annotations
 
-from xllm.engine.request import Request, SequenceState
+from collections.abc import Iterable
+
+from xllm.engine.request import Request, Sequence, SequenceState
 from xllm.errors import ErrorInfo
 from xllm.types import FinishReason, TokenLogprobs
 from xllm.wire.messages import Frame
@@ -17,17 +19,21 @@ class FrameBuilder:
     def __init__(self) -> None:
         self._frames: list[Frame] = []
 
-    def output(self, request: Request, drawn: dict[int, tuple[int, ...]]) -> None:
-        """New tokens of the drawn choices, with their ends; the last one may end the request."""
+    def output(
+        self, request: Request, members: Iterable[Sequence], drawn: dict[int, tuple[int, ...]]
+    ) -> bool:
+        """New tokens of the sequences that drew, with their ends; True if the last one ends the request."""
         ended = request.all_ended
-        members = [s for s in request.sequences if s.choice in drawn]
-        for index, seq in enumerate(members):
+        left = len(drawn)
+        spec = request.spec
+        for seq in members:
+            left -= 1
             tokens = drawn[seq.choice]
             finished = seq.state is SequenceState.ENDED
             self._frames.append(
                 Frame(
-                    request_id=request.spec.request_id,
-                    attempt=request.spec.attempt,
+                    request_id=spec.request_id,
+                    attempt=spec.attempt,
                     choice=seq.choice,
                     offset=seq.num_streamed,
                     tokens=tokens,
@@ -37,10 +43,11 @@ class FrameBuilder:
                     stop_token_id=seq.stop_token_id if finished else None,
                     num_cached_tokens=request.num_cached or 0,
                     queue_ms=request.queue_ms,
-                    last=ended and index == len(members) - 1,
+                    last=ended and left == 0,
                 )
             )
             seq.num_streamed += len(tokens)
+        return ended
 
     def terminal(self, request: Request, reason: FinishReason, error: ErrorInfo | None) -> None:
         """The end of a request that did not end by its own tokens."""

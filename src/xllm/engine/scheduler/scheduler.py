@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable
+from operator import attrgetter
 
 from xllm.config import SchedulerConfig
 from xllm.engine.memory.manager import PageManager, PageTable
@@ -28,8 +29,8 @@ from xllm.wire.messages import Frame
 class Scheduler:
     """Owns every request of one engine. Called by the step thread only.
 
-    Invariants: a sequence is in exactly one of `_waiting`, `_running`, ended; the sequences of
-    `_waiting` are sorted by the order's key; every accepted request yields one frame with `last`.
+    Invariants: a sequence is in exactly one of `_waiting`, `_running`, ended; both lists are sorted
+    by rank; every accepted request yields one frame with `last`.
     """
 
     def __init__(
@@ -122,7 +123,9 @@ class Scheduler:
         num_preemptions = self._counters.num_preemptions
         # Sequences with one row to go first: a long prompt must not delay running streams.
         ready = [s for s in self._running if not s.out_of_credit]
-        ready.sort(key=lambda s: (s.behind > 1, self._key(s)))
+        late = [s for s in ready if len(s.tokens) - s.num_computed > 1]
+        if late:
+            ready = [s for s in ready if len(s.tokens) - s.num_computed <= 1] + late
         entries: list[SequencePlan] = []
         for seq in ready:
             budget -= self._schedule(seq, budget, entries)
@@ -141,8 +144,9 @@ class Scheduler:
         """Plan rows of `seq` if budget and pages allow; the number of rows taken."""
         if seq.state is not SequenceState.RUNNING:
             return 0
-        rows = min(seq.behind, budget)
-        if rows <= 0 or (rows < seq.behind and not self._config.enable_chunked_prefill):
+        behind = seq.behind
+        rows = behind if behind < budget else budget
+        if rows <= 0 or (rows < behind and not self._config.enable_chunked_prefill):
             return 0
         while not self._memory.grow(_table(seq), seq.num_computed + rows):
             victim = self._victim()
@@ -168,7 +172,7 @@ class Scheduler:
                     return
                 continue
             self._waiting.remove(seq)
-            self._running.append(seq)
+            bisect.insort(self._running, seq, key=_rank)
             seq.state = SequenceState.RUNNING
             if request.num_cached is None:
                 request.num_cached = min(seq.num_computed, seq.prompt_len)
@@ -201,7 +205,7 @@ class Scheduler:
         """Preempt the last-ranked running sequence if the order lets `newcomer` do so."""
         if not self._running:
             return False
-        worst = max(self._running, key=self._key)
+        worst = max(self._running, key=_rank)
         if not self._order.may_displace(newcomer.spec, self._owner[worst.seq_id].spec):
             return False
         self._preempt(worst)
@@ -211,7 +215,7 @@ class Scheduler:
         """Who gives pages back: waiting sequences that hold some, then the last-ranked running one."""
         holders = [s for s in self._waiting if s.table is not None]
         pool = holders or self._running
-        return max(pool, key=self._key) if pool else None
+        return max(pool, key=_rank) if pool else None
 
     def _preempt(self, seq: Sequence) -> None:
         """Free the pages; the sequence is behind by everything again and waits in its old place."""
@@ -228,13 +232,14 @@ class Scheduler:
 
     def _entry(self, seq: Sequence, rows: int) -> SequencePlan:
         request = self._owner[seq.seq_id]
-        start, end = seq.num_computed, seq.num_computed + rows
+        start = seq.num_computed
+        end = start + rows
         draws = end == len(seq.tokens)
         first_logit_row = rows - 1 if draws else rows
         num_top: int | None = None
         targets: tuple[int, ...] = ()
         if request.wants_prompt_logprobs and seq.choice == 0 and start < seq.prompt_len:
-            num_top = request.params.prompt_logprobs
+            num_top = request.spec.params.prompt_logprobs
             first_logit_row = 0
             targets = request.prompt[start + 1 : end + 1]
         return SequencePlan(
@@ -249,7 +254,7 @@ class Scheduler:
         )
 
     def _sample_op(self, seq: Sequence, request: Request) -> SampleOp:
-        params = request.params
+        params = request.spec.params
         history = needs_history(params)
         banned: tuple[int, ...] = ()
         if seq.num_output < params.min_tokens:
@@ -287,24 +292,29 @@ class Scheduler:
         self, seq: Sequence, request: Request, entry: SequencePlan, drawn: dict[int, tuple[int, ...]]
     ) -> None:
         end = entry.start + len(entry.tokens)
-        self._counters.prompt_tokens += max(0, min(end, seq.prompt_len) - entry.start)
+        if entry.start < seq.prompt_len:
+            self._counters.prompt_tokens += min(end, seq.prompt_len) - entry.start
         seq.num_computed = end
         self._memory.computed(_table(seq), seq.tokens, end)
         if entry.sample is None:
             return
-        self._fork(seq, request, drawn)
-        for member in [s for s in request.sequences if s.choice in drawn]:
+        members = [seq, *self._fork(seq, request, drawn)]
+        for member in members:
             self._counters.generation_tokens += len(drawn[member.choice])
             self._check_end(member, request)
-        self._frames.output(request, drawn)
-        if request.all_ended:
+        if self._frames.output(request, members, drawn):
             self._forget(request)
 
-    def _fork(self, seq: Sequence, request: Request, drawn: dict[int, tuple[int, ...]]) -> None:
-        """Give each choice beyond the first its own sequence over the same prompt pages."""
+    def _fork(self, seq: Sequence, request: Request, drawn: dict[int, tuple[int, ...]]) -> Iterable[Sequence]:
+        """Give each choice beyond the first its own sequence over the same prompt pages; those sequences."""
+        if len(seq.draws) == 1:
+            seq.tokens.extend(drawn[seq.choice])
+            return ()
+        children: list[Sequence] = []
         for choice in seq.draws[1:]:
             tokens = (*seq.tokens[: seq.num_computed], *drawn[choice])
             child = self._add(request, choice, (choice,), tokens)
+            children.append(child)
             forked = self._memory.fork(_table(seq), seq.num_computed)
             if forked is not None:
                 child.table, copies = forked
@@ -312,9 +322,10 @@ class Scheduler:
                 self._copies.extend(copies)
         seq.draws = (seq.choice,)
         seq.tokens.extend(drawn[seq.choice])
+        return children
 
     def _check_end(self, seq: Sequence, request: Request) -> None:
-        params = request.params
+        params = request.spec.params
         last = seq.tokens[-1]
         if last in self._eos and not params.ignore_eos:
             self._end_sequence(seq, FinishReason.STOP)
@@ -396,6 +407,7 @@ class Scheduler:
             tokens=list(tokens),
             prompt_len=len(request.prompt),
             draws=draws,
+            rank=(*self._order.key(request.spec, request.arrival), choice),
         )
         # What an earlier attempt emitted is in the front's log already.
         emitted = request.spec.emitted[choice] if choice < len(request.spec.emitted) else ()
@@ -407,11 +419,7 @@ class Scheduler:
         return seq
 
     def _enqueue(self, seq: Sequence) -> None:
-        bisect.insort(self._waiting, seq, key=self._key)
-
-    def _key(self, seq: Sequence) -> tuple[float, ...]:
-        request = self._owner[seq.seq_id]
-        return (*self._order.key(request.spec, request.arrival), seq.choice)
+        bisect.insort(self._waiting, seq, key=_rank)
 
     def _drop_table(self, seq: Sequence) -> None:
         if seq.table is not None:
@@ -419,6 +427,8 @@ class Scheduler:
             seq.table = None
         seq.num_computed = 0
 
+
+_rank = attrgetter("rank")
 
 _NO_RESULT = ErrorInfo(
     kind="InternalError", code="internal_error", message="the engine returned no result for the request"

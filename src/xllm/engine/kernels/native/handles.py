@@ -7,15 +7,20 @@ its size class and, being warm in the caches, is handed out first.
 from __future__ import annotations
 
 import ctypes
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from xllm.engine.kernels.native.library import AttentionPlanStruct
+from xllm.engine.kernels.native.prefault import Prefault
 from xllm.engine.kernels.ops import F32
 
 _ALIGN = 64
+_PREFAULT_FROM = 16 << 20
+"""Pools smaller than this are not worth a thread."""
 
 Array = npt.NDArray[Any]
 _Piece = tuple[int, Array]
@@ -107,12 +112,14 @@ class Indices:
 
 
 class Matrix:
-    """A packed weight, owned by the library until this handle goes."""
+    """A packed weight, owned by the library until this handle goes. `memory` holds its panels where the
+    library does not, and lives as long."""
 
-    __slots__ = ("_library", "num_in", "num_out", "ptr")
+    __slots__ = ("_library", "_memory", "num_in", "num_out", "ptr")
 
-    def __init__(self, library: ctypes.CDLL, ptr: int) -> None:
+    def __init__(self, library: ctypes.CDLL, ptr: int, memory: object = None) -> None:
         self._library = library
+        self._memory = memory
         self.ptr = ptr
         self.num_out: int = library.xn_matrix_num_out(ptr)
         self.num_in: int = library.xn_matrix_num_in(ptr)
@@ -122,16 +129,30 @@ class Matrix:
 
 
 class Pages:
-    """bf16 tiles (P, 2, L, K, 64 · E) as raw 16-bit words; the order within a tile is the library's."""
+    """Tiles (P, 2, L, K, …) as raw bytes; what a tile holds is the library's.
 
-    __slots__ = ("array", "ptr")
+    A page is not cleared when it comes to a new owner: the kernel clears what it could read before it is
+    written (attention.cpp, `write_rows`), and no weight but zero ever meets the rest.
+    """
 
-    def __init__(self, num_pages: int, page_elements: int) -> None:
-        # calloc'd: memory is taken when a page is first cleared for its owner.
-        raw = np.zeros(num_pages * page_elements + _ALIGN // 2, dtype=np.uint16)
-        offset = -raw.ctypes.data % _ALIGN // 2
-        self.array = raw[offset : offset + num_pages * page_elements].reshape(num_pages, page_elements)
+    __slots__ = ("__weakref__", "_prefault", "array", "kv_class", "ptr")
+
+    def __init__(self, num_pages: int, page_bytes: int, kv_class: int = 0) -> None:
+        self.kv_class = kv_class
+        # calloc'd: memory is taken when it is first touched, by the prefault thread where that is in time.
+        raw = np.zeros(num_pages * page_bytes + _ALIGN, dtype=np.uint8)
+        offset = -raw.ctypes.data % _ALIGN
+        self.array = raw[offset : offset + num_pages * page_bytes].reshape(num_pages, page_bytes)
         self.ptr: int = self.array.ctypes.data
+        self._prefault: Prefault | None = None
+        if self.array.nbytes >= _PREFAULT_FROM:
+            self._prefault = Prefault(self.array.reshape(-1))
+            weakref.finalize(self, self._prefault.close)
+
+    def take(self, which: Sequence[int]) -> None:
+        """These pages have come to a new owner."""
+        if which and self._prefault is not None:
+            self._prefault.use((max(which) + 1) * self.array.shape[1])
 
 
 class AttentionPlan:

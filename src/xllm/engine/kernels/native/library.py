@@ -38,6 +38,10 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "xn_matrix_num_out": (_L, (_P,)),
     "xn_matrix_num_in": (_L, (_P,)),
     "xn_matrix_bytes": (_L, (_P,)),
+    "xn_matrix_record_bytes": (_L, ()),
+    "xn_matrix_record": (_I, (_P, _P)),
+    "xn_matrix_panels": (_P, (_P,)),
+    "xn_matrix_over": (_I, (_P, _L, _P, _L, _P)),
     "xn_matrix_rows": (_I, (_P, _P, _L, _P, _L)),
     "xn_linear": (_I, (_P, _P, _P, _L, _L, _P, _P, _L)),
     "xn_rounded_stride": (_L, (_P,)),
@@ -58,6 +62,8 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "xn_step_destroy": (None, (_P,)),
     "xn_step_set": (_I, (_P, _P, _L, _L)),
     "xn_program_run": (_I, (_P, _P, _L, _P, _L, _P, _P, _P, _P)),
+    "xn_sample_bytes": (_L, (_P, _L)),
+    "xn_sample": (_I, (_P, _P, _L, _L, _P, _P, _P, _P)),
 }
 
 
@@ -75,6 +81,7 @@ class AttentionPlanStruct(ctypes.Structure):
         ("window", _L),
         ("num_items", _L),
         ("items", _P),
+        ("kv_class", _L),
     )
 
 

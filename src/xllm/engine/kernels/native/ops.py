@@ -10,7 +10,7 @@ import ctypes
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,16 +21,22 @@ from xllm.engine.kernels.native.packing import Packer, WeightClass
 from xllm.engine.kernels.native.plan import make_plan
 from xllm.engine.kernels.native.programs import Programs
 from xllm.engine.kernels.native.recording import record_forward, record_head
+from xllm.engine.kernels.native.sampling import NativeDrawer
 from xllm.engine.kernels.ops import F32, I64, Buffer, KVSpan, RopeTable
 from xllm.engine.kernels.programs import LoadedModel
 from xllm.errors import InternalError
-from xllm.types import PAGE_SIZE, KVGroup
+from xllm.types import KVGroup
 
 HEAD_MULTIPLE = 16
 """The attention kernel takes head sizes that are multiples of this."""
 
 KV_ORDER = "page,kv,layer,head,pairs"
 """K tiles are [dim/2][token][2], V tiles [token/2][dim][2], so that both products read pairs in a row."""
+
+KVDtype = Literal["bfloat16", "int8"]
+
+_KV_CLASSES: dict[KVDtype, tuple[int, int, int]] = {"bfloat16": (0, 2, 0), "int8": (1, 1, 4)}
+"""What the library calls it, bytes of an element and of a scale."""
 
 _PROBE_ROWS = (1, 3, 7, 16)
 
@@ -75,14 +81,16 @@ class NativeOps:
         linear_class: WeightClass = "bf16",
         head_class: WeightClass = "bf16",
         keeps_codes: bool = False,
+        kv_dtype: KVDtype = "bfloat16",
     ) -> None:
-        """`linear_class` is how linears are kept, `head_class` embedding and head. KV is bfloat16.
+        """`linear_class` is how linears are kept, `head_class` embedding and head.
 
         With `keeps_codes`, what the file stores as codes in groups of 32 is computed on as it is stored.
         """
         self._lib = library
         self._linear_class, self._head_class = linear_class, head_class
         self._keeps_codes = keeps_codes
+        self._kv_class, *self._kv_bytes = _KV_CLASSES[kv_dtype]
         self._arena = Arena()
         self._pool: int | None = library.xn_pool_create(num_threads)
         if self._pool is None:
@@ -90,6 +98,11 @@ class NativeOps:
         self._end = weakref.finalize(self, library.xn_pool_destroy, self._pool)
         self._packer = Packer(library, self._pool)
         self._deterministic = False
+
+    @property
+    def packer(self) -> Packer:
+        """Made the weights of this backend; for who keeps them."""
+        return self._packer
 
     @property
     def packed_bytes(self) -> Mapping[str, int]:
@@ -126,6 +139,10 @@ class NativeOps:
     def running(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
+    def row_drawer(self) -> NativeDrawer:
+        """Draws tokens on this backend's threads, so between its steps only."""
+        return NativeDrawer(self._lib, self._pool)
+
     # Buffers.
 
     def rows(self, values: F32) -> Buffer:
@@ -157,22 +174,22 @@ class NativeOps:
         return Buffer(Indices(values))
 
     def kv_pages(self, group: KVGroup, num_pages: int) -> Buffer:
-        elements = 2 * len(group.layers) * group.num_kv_heads * PAGE_SIZE * group.head_dim
-        return Buffer(Pages(num_pages, elements))
+        return Buffer(Pages(num_pages, group.page_bytes(*self._kv_bytes), self._kv_class))
 
     def copy_page(self, pages: Buffer, src: int, dst: int) -> None:
         array = _pages(pages).array
         array[dst] = array[src]
 
     def zero_pages(self, pages: Buffer, which: Sequence[int]) -> None:
-        array = _pages(pages).array
-        for page in which:
-            array[page] = 0
+        """Nothing is cleared here: the kernel does it as it writes (`Pages`)."""
+        _pages(pages).take(which)
 
     def attention_plan(
         self, group: KVGroup, num_heads: int, spans: Sequence[KVSpan], num_rows: int
     ) -> Buffer:
-        return Buffer(make_plan(self._lib, group, num_heads, spans, num_rows))
+        plan = make_plan(self._lib, group, num_heads, spans, num_rows)
+        plan.struct.kv_class = self._kv_class
+        return Buffer(plan)
 
     def to_numpy(self, x: Buffer) -> F32:
         return np.asarray(_rows(x))

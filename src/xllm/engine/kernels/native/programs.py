@@ -53,6 +53,7 @@ class KVGroupStruct(ctypes.Structure):
         ("pages", ctypes.c_void_p),
         *((n, ctypes.c_int64) for n in (
             "num_pages", "num_heads", "num_kv_heads", "head_dim", "num_layers", "window",
+            "kv_class",
         )),
     )  # fmt: skip
 
@@ -232,4 +233,5 @@ def _struct(group: KVGroup, pages: Pages, num_heads: int) -> Any:
         head_dim=group.head_dim,
         num_layers=len(group.layers),
         window=group.window or 0,
+        kv_class=pages.kv_class,
     )
