@@ -45,26 +45,64 @@ void tile(const Tile& tile) {
     for_each<MR>([&](auto m) XN_LAMBDA { store_row<NR>(tile, m, acc[m]); });
 }
 
+constexpr int64_t kValueBytes = 2;  // of a rounded input
+
+constexpr int max_rows(int panels) { return panels == 4 ? 6 : panels == 3 ? 9 : 12; }
+
 #else
 
+constexpr int64_t kValueBytes = 4;  // rounded inputs and unpacked weights are kept as float32
+
+constexpr int max_rows(int) { return 6; }
+
+// acc ← acc + x · w over all inputs, in order.
+template <int MR>
+void multiply(const uint8_t* x, int64_t stride, const float* w, int64_t count, Lanes* acc) {
+#if defined(__AVX2__) && defined(__FMA__)
+    __m256 low[MR], high[MR];
+    for_each<MR>([&](auto m) XN_LAMBDA { low[m] = high[m] = _mm256_setzero_ps(); });
+    for (int64_t k = 0; k < count; ++k) {
+        const __m256 first = _mm256_loadu_ps(w + 16 * k), second = _mm256_loadu_ps(w + 16 * k + 8);
+        for_each<MR>([&](auto m) XN_LAMBDA {
+            const __m256 own = _mm256_broadcast_ss(reinterpret_cast<const float*>(x + m * stride) + k);
+            low[m] = _mm256_fmadd_ps(first, own, low[m]);
+            high[m] = _mm256_fmadd_ps(second, own, high[m]);
+        });
+    }
+    for_each<MR>([&](auto m) XN_LAMBDA {
+        memcpy(&acc[m], &low[m], 32);
+        memcpy(reinterpret_cast<char*>(&acc[m]) + 32, &high[m], 32);
+    });
+#else
+    for (int64_t k = 0; k < count; ++k) {
+        Lanes v;
+        memcpy(&v, w + 16 * k, 64);
+        for (int m = 0; m < MR; ++m)
+            acc[m] = multiply_add(v, reinterpret_cast<const float*>(x + m * stride)[k], acc[m]);
+    }
+#endif
+}
+
+// Reads panels as `unpack` leaves them: [K][16] float32.
 template <int MR, int NR>
 void tile(const Tile& tile) {
-    const xn_matrix& matrix = *tile.matrix;
     for (int n = 0; n < NR; ++n) {
         Lanes acc[MR] = {};
-        const uint8_t* w = tile.w + n * tile.w_stride;
-        for (int64_t k = 0; k < matrix.padded_in / 2; ++k, w += 64) {
-            Words pairs;
-            memcpy(&pairs, w, 64);
-            const Lanes even = as_lanes(pairs << 16), odd = as_lanes(pairs & 0xffff0000u);
-            for (int m = 0; m < MR; ++m) {
-                uint32_t x;
-                memcpy(&x, tile.x + m * tile.x_stride + 4 * k, 4);
-                acc[m] = multiply_add(even, bf16_value(static_cast<uint16_t>(x)), acc[m]);
-                acc[m] = multiply_add(odd, bf16_value(static_cast<uint16_t>(x >> 16)), acc[m]);
-            }
-        }
+        const auto* w = reinterpret_cast<const float*>(tile.w + n * tile.w_stride);
+        multiply<MR>(tile.x, tile.x_stride, w, tile.matrix->padded_in, acc);
         for (int m = 0; m < MR; ++m) store_panel(tile, m, n, acc[m]);
+    }
+}
+
+int64_t unpacked_bytes(const xn_matrix& m) { return m.padded_in * kPanel * kValueBytes; }
+
+void unpack(const xn_matrix& m, const uint8_t* panel, uint8_t* to) {
+    for (int64_t k = 0; k < m.padded_in / 2; ++k, panel += 64, to += 128) {
+        Words pairs;
+        memcpy(&pairs, panel, 64);
+        const Words even = pairs << 16, odd = pairs & 0xffff0000u;
+        memcpy(to, &even, 64);
+        memcpy(to + 64, &odd, 64);
     }
 }
 
@@ -75,8 +113,6 @@ TileFn pick(int rows, Ints<Rows...>) {
     static constexpr TileFn table[] = {tile<Rows + 1, NR>...};
     return table[rows - 1];
 }
-
-constexpr int max_rows(int panels) { return panels == 4 ? 6 : panels == 3 ? 9 : 12; }
 
 TileFn choose_tile(int rows, int panels) {
     switch (panels) {
@@ -90,13 +126,18 @@ TileFn choose_tile(int rows, int panels) {
 }  // namespace
 
 const ClassKernels kBf16 = {
-    [](const xn_matrix& m) { return m.padded_in * 2; },
+    [](const xn_matrix& m) { return m.padded_in * kValueBytes; },
     [](const xn_matrix& m, const float* x, uint8_t* row) { to_bf16_row(x, m.num_in, m.padded_in, row); },
     [](int panels) { return max_rows(panels); },
     choose_tile,
     2,
+#if defined(__AVX512BF16__)
     nullptr,
     nullptr,
+#else
+    unpacked_bytes,
+    unpack,
+#endif
 };
 
 void to_bf16_row(const float* x, int64_t num_in, int64_t padded_in, uint8_t* row) {
@@ -113,8 +154,8 @@ void to_bf16_row(const float* x, int64_t num_in, int64_t padded_in, uint8_t* row
     }
 #else
     for (; k < padded_in; ++k) {
-        const uint16_t bits = k < num_in ? bf16_bits(x[k]) : 0;
-        memcpy(row + 2 * k, &bits, 2);
+        const float value = k < num_in ? bf16_value(bf16_bits(x[k])) : 0.0f;
+        memcpy(row + kValueBytes * k, &value, 4);
     }
 #endif
     (void)padded_in;

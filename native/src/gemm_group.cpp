@@ -27,6 +27,8 @@ XN_INLINE void split(__m512i both, __m512i& low, __m512i& high) {
     high = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
 }
 
+constexpr int max_rows(int panels) { return panels == 4 ? 2 : panels == 3 ? 4 : 6; }
+
 template <int MR, int NR, bool Four>
 void tile(const Tile& tile) {
     constexpr int kBases = (MR + 2) / 3;
@@ -120,30 +122,47 @@ void tile(const Tile& tile) {
 
 #else
 
+constexpr int max_rows(int) { return 4; }
+
 void unpack_scales(const uint8_t* from, bool half, uint8_t* to) {
     if (!half) {
         memcpy(to, from, 64);
         return;
     }
+#if defined(__F16C__)
+    for (int half8 = 0; half8 < 2; ++half8) {
+        const auto* at = reinterpret_cast<const __m128i*>(from) + half8;
+        _mm256_storeu_ps(reinterpret_cast<float*>(to) + 8 * half8, _mm256_cvtph_ps(_mm_loadu_si128(at)));
+    }
+#else
     for (int i = 0; i < 16; ++i) {
         uint16_t bits;
         memcpy(&bits, from + 2 * i, 2);
         const float value = half_value(bits);
         memcpy(to + 4 * i, &value, 4);
     }
+#endif
 }
 
 // The 32 codes of a group for 16 channels as signed words: [k/2][channel][2].
 template <bool Four>
 void unpack_group(const uint8_t* from, uint8_t* to) {
-    auto* wide = reinterpret_cast<int16_t*>(to);
-    for (int q = 0; q < 8; ++q)
-        for (int n = 0; n < 16; ++n)
-            for (int i = 0; i < 4; ++i) {
-                const uint8_t byte = from[64 * (Four ? q % 4 : q) + 4 * n + i];
-                const int code = !Four ? byte : q < 4 ? byte & 15 : byte >> 4;
-                wide[((2 * q + i / 2) * 16 + n) * 2 + i % 2] = static_cast<int16_t>(code);
-            }
+    const auto put = [to](int q, Words quads) {
+        const Words first = (quads & 0xffu) | (quads & 0xff00u) << 8;
+        const Words second = (quads >> 16 & 0xffu) | (quads >> 8 & 0xff0000u);
+        memcpy(to + 128 * q, &first, 64);
+        memcpy(to + 128 * q + 64, &second, 64);
+    };
+    for (int q = 0; q < (Four ? 4 : 8); ++q) {
+        Words bytes;
+        memcpy(&bytes, from + 64 * q, 64);
+        if (!Four) {
+            put(q, bytes);
+            continue;
+        }
+        put(q, bytes & 0x0f0f0f0fu);
+        put(q + 4, bytes >> 4 & 0x0f0f0f0fu);
+    }
 }
 
 // Σ over a group of codes of MR rows × a panel's, added to `dot`.
@@ -151,25 +170,25 @@ template <int MR>
 void add_group(const uint8_t* const* rows, const int16_t* wide, Integers* dot) {
 #if defined(__AVX2__)
     __m256i low[MR], high[MR];
-    for (int m = 0; m < MR; ++m) {
+    for_each<MR>([&](auto m) XN_LAMBDA {
         memcpy(&low[m], &dot[m], 32);
         memcpy(&high[m], reinterpret_cast<const char*>(&dot[m]) + 32, 32);
-    }
+    });
     for (int k = 0; k < 16; ++k) {
         const __m256i* w = reinterpret_cast<const __m256i*>(wide + 32 * k);
         const __m256i first = _mm256_loadu_si256(w), second = _mm256_loadu_si256(w + 1);
-        for (int m = 0; m < MR; ++m) {
+        for_each<MR>([&](auto m) XN_LAMBDA {
             int32_t pair;
             memcpy(&pair, rows[m] + 4 * k, 4);
             const __m256i both = _mm256_set1_epi32(pair);
             low[m] = _mm256_add_epi32(low[m], _mm256_madd_epi16(first, both));
             high[m] = _mm256_add_epi32(high[m], _mm256_madd_epi16(second, both));
-        }
+        });
     }
-    for (int m = 0; m < MR; ++m) {
+    for_each<MR>([&](auto m) XN_LAMBDA {
         memcpy(&dot[m], &low[m], 32);
         memcpy(reinterpret_cast<char*>(&dot[m]) + 32, &high[m], 32);
-    }
+    });
 #else
     for (int m = 0; m < MR; ++m) {
         int16_t x[XN_GROUP];
@@ -236,8 +255,6 @@ void unpack(const xn_matrix& m, const uint8_t* panel, uint8_t* to) {
 }
 
 #endif
-
-constexpr int max_rows(int panels) { return panels == 4 ? 2 : panels == 3 ? 4 : 6; }
 
 template <int NR, bool Four, int... Rows>
 TileFn pick(int rows, Ints<Rows...>) {
