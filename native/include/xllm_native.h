@@ -120,6 +120,14 @@ XN_EXPORT int32_t xn_linear_fused(
     xn_pool* pool, const xn_matrix* matrix, const float* x, const uint8_t* rounded, int64_t rows, int64_t ldx,
     const float* bias, int32_t epilogue, const float* residual, int64_t ldr, float* y, int64_t ldy);
 
+// ---- limits.cpp ----------------------------------------------------------------------------------------
+
+// For benchmarks, which time them: `rounds` rounds of the class's multiplications from registers alone, on
+// the caller's thread, returning the operations done (0 where this path has no such instruction); and one
+// read of all the memory by the pool, returning a digest of it.
+XN_EXPORT int64_t xn_multiply(int32_t weight_class, int64_t rounds);
+XN_EXPORT int64_t xn_read_memory(xn_pool* pool, const uint8_t* from, int64_t bytes);
+
 // ---- embed.cpp, elementwise.cpp (N2) -------------------------------------------------------------------
 
 // y (rows, D) = table[ids] · scale; scale and product rounded to bf16 unless scale is 0, which means none.

@@ -376,3 +376,14 @@ def test_impossible_fusions_are_refused(library: ctypes.CDLL) -> None:
     assert call(ADD_RESIDUAL, x, None, 5) != 0
     assert call(SILU_MUL, x, None, 5) != 0
     assert call(4, x, None, 5) != 0
+
+
+def test_the_limits_of_the_machine_can_be_measured(
+    library: ctypes.CDLL, pools: dict[int, int | None]
+) -> None:
+    once, twice = library.xn_multiply(2, 1), library.xn_multiply(2, 2)
+    assert twice == 2 * once
+    assert once > 0 or library.xn_isa() == b"portable"
+    words = np.random.default_rng(0).integers(0, 2**62, (3 << 20) // 8 + 64, dtype=np.int64)
+    digests = {library.xn_read_memory(pool, _at(words), words.nbytes) for pool in pools.values()}
+    assert digests == {int(np.bitwise_xor.reduce(words))}

@@ -48,6 +48,8 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "xn_round_rows": (_I, (_P, _P, _P, _L, _L, _P)),
     "xn_rms_norm_rounded": (_I, (_P, _P, _P, _L, _L, _P, _F, _F, _P)),
     "xn_linear_fused": (_I, (_P, _P, _P, _P, _L, _L, _P, _I, _P, _L, _P, _L)),
+    "xn_multiply": (_L, (_I, _L)),
+    "xn_read_memory": (_L, (_P, _P, _L)),
     "xn_embedding": (_I, (_P, _P, _P, _L, _F, _P, _L)),
     "xn_rms_norm": (_I, (_P, _P, _L, _L, _L, _L, _P, _F, _F, _P, _L)),
     "xn_add": (_I, (_P, _P, _L, _P, _L, _L, _L, _P, _L)),
