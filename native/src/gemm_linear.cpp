@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "xllm/gemm.h"
+#include "xllm/classes.h"
 #include "xllm/threads.h"
 
 namespace xn {
@@ -39,17 +39,13 @@ struct Shape {
     int64_t num_blocks;   // of rows
 };
 
-int max_rows(const xn_matrix& m, int panels) {
-    return m.weight_class == XN_BF16 ? max_bf16_rows(panels) : max_group_rows(panels);
-}
-
 // The widest tile that takes all rows at once reads each weight once; two panels are best for many rows.
 // Among equals the one that shares the panels most evenly.
 int choose_panels(const xn_matrix& m, int64_t rows, int threads) {
     int best = 2;
     int64_t best_cost = -1;
     for (int panels = kMaxTilePanels; panels >= 2; --panels) {
-        if (rows > max_rows(m, panels) && panels > 2) continue;
+        if (rows > max_tile_rows(m, panels) && panels > 2) continue;
         const int64_t groups = (m.num_panels + panels - 1) / panels;
         const int64_t cost = (groups + threads - 1) / threads * panels;
         if (best_cost < 0 || cost < best_cost) {
@@ -63,7 +59,7 @@ int choose_panels(const xn_matrix& m, int64_t rows, int threads) {
 Shape choose(const xn_matrix& m, int64_t rows, int64_t x_stride, int threads) {
     Shape shape;
     shape.panels = choose_panels(m, rows, threads);
-    const int64_t most = max_rows(m, shape.panels);
+    const int64_t most = max_tile_rows(m, shape.panels);
     shape.num_groups = (m.num_panels + shape.panels - 1) / shape.panels;
     const int64_t fit = std::max(most, kBlockBytes / x_stride / most * most);
     shape.num_blocks = (rows + fit - 1) / fit;
@@ -88,7 +84,7 @@ struct Linear {
         const int64_t first_panel = group * shape.panels;
         const int panels = static_cast<int>(std::min<int64_t>(shape.panels, m.num_panels - first_panel));
         const int64_t start = block * shape.block, count = std::min(shape.block, rows - start);
-        const int64_t most = max_rows(m, panels), num_tiles = (count + most - 1) / most;
+        const int64_t most = max_tile_rows(m, panels), num_tiles = (count + most - 1) / most;
         Tile tile;
         tile.matrix = &m;
         tile.w = m.panel(first_panel);
@@ -103,10 +99,7 @@ struct Linear {
             const int64_t here = (start + count - row + num_tiles - t - 1) / (num_tiles - t);
             tile.x = x + row * x_stride;
             tile.y = y + row * ldy + first_panel * kPanel;
-            const auto fn = m.weight_class == XN_BF16
-                                ? bf16_tile(static_cast<int>(here), panels)
-                                : group_tile(static_cast<int>(here), panels, m.weight_class == XN_W4G32);
-            fn(tile);
+            tile_of(m, static_cast<int>(here), panels)(tile);
             tile.prefetch = 0;
             row += here;
         }
@@ -115,13 +108,10 @@ struct Linear {
 
 void round_rows(
     xn_pool* pool, const xn_matrix& m, const float* x, int64_t rows, int64_t ldx, uint8_t* to, int64_t stride) {
-    const auto one = [&](int64_t row) {
-        if (m.weight_class == XN_BF16) to_bf16_row(x + row * ldx, m.num_in, m.padded_in, to + row * stride);
-        else to_group_row(x + row * ldx, m.num_in, m.padded_in, m.zero, to + row * stride);
-    };
     const int64_t piece = std::max<int64_t>(1, kRowsAlone / m.num_in);
     parallel(pool, (rows + piece - 1) / piece, [&](int64_t i, int32_t) {
-        for (int64_t row = i * piece; row < std::min(rows, (i + 1) * piece); ++row) one(row);
+        for (int64_t row = i * piece; row < std::min(rows, (i + 1) * piece); ++row)
+            round_row(m, x + row * ldx, to + row * stride);
     });
 }
 
@@ -136,11 +126,8 @@ extern "C" int32_t xn_linear(
         ldy < matrix->num_out)
         return XN_ERR_ARGUMENT;
     const xn_matrix& m = *matrix;
-    const int64_t row_bytes = m.weight_class == XN_BF16
-                                  ? m.padded_in * 2
-                                  : m.padded_in + m.num_groups() * static_cast<int64_t>(sizeof(GroupInfo));
     // An odd number of cache lines, so that rows do not fall on the same sets.
-    const int64_t stride = (round_up(row_bytes, 64) / 64 | 1) * 64;
+    const int64_t stride = (round_up(rounded_bytes(m), 64) / 64 | 1) * 64;
     uint8_t* rounded = t_scratch.at_least(stride * rows);
     if (rounded == nullptr) return XN_ERR_MEMORY;
     round_rows(pool, m, x, rows, ldx, rounded, stride);

@@ -13,10 +13,10 @@ from typing import Any
 from xllm.engine.kernels.native.isa import cpu_flags, find_library, usable
 from xllm.errors import InternalError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ERROR_MEMORY = 1
 
-CLASS_NAMES = {1: "bf16", 2: "w8g32", 3: "w4g32"}
+CLASS_NAMES = {1: "bf16", 2: "w8g32", 3: "w4g32", 4: "w8g16", 5: "w8a8"}
 
 _P, _I, _L, _F = c_void_p, c_int32, c_int64, c_float
 
@@ -29,6 +29,9 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "xn_pack_bf16": (_I, (_P, _P, _L, _L, _P)),
     "xn_pack_w8g32": (_I, (_P, _P, _P, _P, _L, _L, _P)),
     "xn_pack_w4g32": (_I, (_P, _P, _P, _P, _L, _L, _P)),
+    "xn_pack_w8g16": (_I, (_P, _P, _P, _P, _L, _L, _P)),
+    "xn_pack_w8a8": (_I, (_P, _P, _P, _L, _L, _P)),
+    "xn_quantize_w8a8": (_I, (_P, _P, _L, _L, _P)),
     "xn_quantize_w8g32": (_I, (_P, _P, _L, _L, _P)),
     "xn_quantize_w4g32": (_I, (_P, _P, _L, _L, _P)),
     "xn_matrix_free": (None, (_P,)),
