@@ -31,8 +31,9 @@ def make_native_runner(
     num_threads: int = 2,
     keeps_codes: bool = False,
     isa: str | None = None,
+    head_class: WeightClass | None = None,
 ) -> ModelRunner:
-    ops = NativeOps(library(isa), num_threads, weight_class, weight_class, keeps_codes)
+    ops = NativeOps(library(isa), num_threads, weight_class, head_class or weight_class, keeps_codes)
     model = find_model(arch.name)
     weights = load_weights(model, arch, tensors, ops, num_positions)
     ops.probe([weights.layers[0][k] for k in ("qkv", "o", "gate_up", "down")] + [weights.top["head"]])

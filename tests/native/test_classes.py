@@ -28,10 +28,10 @@ CLASSES = ("w8g16", "w8g16 with mins", "w8a8")
 SHAPES = [(576, 576), (100, 64), (17, 96), (5, 32), (80, 1536), (48, 4864)]
 
 
-def packed(library: ctypes.CDLL, codes: GroupCodes) -> Matrix:
-    handle = Packer(library, None).codes(codes)
+def packed(lib: ctypes.CDLL, codes: GroupCodes) -> Matrix:
+    handle = Packer(lib, None).codes(codes)
     handle._library = _Keep()  # freed by the Matrix below
-    return Matrix(library, handle.ptr, handle.num_out, handle.num_in)
+    return Matrix(lib, handle.ptr, handle.num_out, handle.num_in)
 
 
 class _Keep:
@@ -49,11 +49,11 @@ def random_halves(num_out: int, num_in: int, mins: bool, seed: int = 0) -> Group
     )
 
 
-def make(library: ctypes.CDLL, kind: str, num_out: int, num_in: int) -> Matrix:
+def make(lib: ctypes.CDLL, kind: str, num_out: int, num_in: int) -> Matrix:
     if kind == "w8a8":
         rows = np.random.default_rng(0).standard_normal((num_out, num_in), dtype=np.float32)
-        return _make(library.xn_quantize_w8a8, library, num_out, num_in, rows)
-    return packed(library, random_halves(num_out, num_in, kind.endswith("mins")))
+        return _make(lib.xn_quantize_w8a8, lib, num_out, num_in, rows)
+    return packed(lib, random_halves(num_out, num_in, kind.endswith("mins")))
 
 
 def in_runs(x: F32, run: int) -> tuple[F32, F32]:

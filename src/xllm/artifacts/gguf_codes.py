@@ -1,9 +1,9 @@
 """GGUF blocks as codes, scales and mins, exactly: for kernels that compute on the codes.
 
-Formats with groups of 32 columns (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K) and Q6_K with groups of 16; layouts
-are in the GGUF specification. Q2_K and Q3_K are not here: widened to 8 bits, with their scales per 16, they
-would take 10 bits of the 16 that bf16 takes and cost the rounding of activations besides.
-Dequantising to float32 is the `gguf` library's.
+Formats with groups of 32 columns (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K), and Q6_K with groups of 16;
+layouts are in the GGUF specification. Dequantising to float32 is the `gguf` library's.
+Q2_K and Q3_K are read as values only: with 8 bits a code and scales per 16 they would take 10 to 12 of
+bf16's 16 bits, and cost the accuracy of 8-bit activations besides.
 """
 
 from __future__ import annotations
