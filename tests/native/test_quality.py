@@ -1,10 +1,13 @@
 """What the classes cost on SmolLM2, against float32 on the weights that the class itself stands for.
 
-The oracle is transformers. Perplexity is paired: the same 2,044 tokens of one fixed text for all.
+The oracle is transformers. Perplexity is paired: the same 2,044 tokens of one fixed text for all. Classes
+that add nothing here, or are not within half a percent, are in tests/robustness.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,12 +35,17 @@ pytestmark = [
 TEXT = Path(__file__).parents[2] / "LICENSE"
 WINDOW, NUM_WINDOWS = 512, 4
 NUM_PAGES = 16
-EVERY_THIRD = PROMPTS[::3]
 
 
 @pytest.fixture(scope="module")
 def source(smollm2: str) -> ModelSource:
     return resolve(smollm2)
+
+
+@functools.cache
+def oracle_of_the_file():
+    source = resolve("smollm2")
+    return oracle_of(source.arch(), source.tensors())
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +83,12 @@ def errors(exact: Sequence[F32], found: Iterator[F32]) -> tuple[float, float]:
 def test_bf16_logits_are_no_worse_than_those_of_transformers_in_bf16(
     source: ModelSource, tokenizer: Tokenizer
 ) -> None:
-    prompts = [tokenizer.encode(text) for text in EVERY_THIRD]
-    oracle = oracle_of(source.arch(), source.tensors())
+    half = len(PROMPTS) // 2
+    prompts = [tokenizer.encode("\n".join(part)) for part in (PROMPTS[:half], PROMPTS[half:])]
+    prompts.append(tokenizer.encode(TEXT.read_text())[:200])
+    oracle = oracle_of_the_file()
     exact = [log_softmax(logits) for logits in oracle_logits(oracle, prompts)]
-    theirs = errors(exact, oracle_logits(oracle.to(torch.bfloat16), prompts))
+    theirs = errors(exact, oracle_logits(copy.deepcopy(oracle).to(torch.bfloat16), prompts))
     ours = errors(exact, native_logits(make_native_runner(source.arch(), source.tensors()), prompts))
     print(f"mean absolute error, divergence: ours {ours}, transformers {theirs}")
     assert ours[0] <= theirs[0]
@@ -109,19 +119,27 @@ def values_in_class(source: ModelSource, linear: WeightClass, head: WeightClass)
     return DictTensors(values)
 
 
-@pytest.mark.parametrize(("quantize", "most"), [("file", 0.005), ("w8g32", 0.005), ("w4g32", 0.005)])
-def test_a_class_costs_little_perplexity_over_its_own_values(
-    source: ModelSource, tokenizer: Tokenizer, quantize: str, most: float
-) -> None:
+def perplexities(source: ModelSource, tokenizer: Tokenizer, quantize: str) -> tuple[float, float]:
+    """(of float32 on the values that the class stands for, of the class)."""
     ids = tokenizer.encode(TEXT.read_text())
     windows = [ids[i * WINDOW : (i + 1) * WINDOW] for i in range(NUM_WINDOWS)]
     linear, head = _CLASSES[quantize]
-    stands_for = source.tensors() if quantize == "file" else values_in_class(source, linear, head)
-    exact = loss(windows, oracle_logits(oracle_of(source.arch(), stands_for), windows))
+    if quantize == "file":
+        oracle = oracle_of_the_file()
+    else:
+        oracle = oracle_of(source.arch(), values_in_class(source, linear, head))
+    exact = loss(windows, oracle_logits(oracle, windows))
     runner = make_native_runner(
         source.arch(), source.tensors(), linear, NUM_PAGES, keeps_codes=quantize == "file", head_class=head
     )
     found = loss(windows, native_logits(runner, windows))
-    change = math.exp(found - exact) - 1
-    print(f"{quantize}: perplexity {math.exp(exact):.3f} → {math.exp(found):.3f}, {change:+.3%}")
-    assert change <= most
+    print(f"{quantize}: {math.exp(exact):.3f} → {math.exp(found):.3f}, {math.expm1(found - exact):+.3%}")
+    return math.exp(exact), math.exp(found)
+
+
+@pytest.mark.parametrize("quantize", ["file", "w8g32"])
+def test_a_group_class_costs_half_a_percent_of_perplexity_at_most(
+    source: ModelSource, tokenizer: Tokenizer, quantize: str
+) -> None:
+    exact, found = perplexities(source, tokenizer, quantize)
+    assert found <= 1.005 * exact

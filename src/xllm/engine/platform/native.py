@@ -36,6 +36,12 @@ _CLASSES: dict[str, tuple[WeightClass, WeightClass]] = {
 """Classes of linears and of embedding with head, for what is not kept as the file's codes."""
 
 
+_WHY_NOT_CODES = (
+    "quantize=file: F32, F16, BF16 have no codes, and Q2_K, Q3_K would take 10 to 12 bits a weight as 8-bit "
+    "codes; these are bfloat16"
+)
+
+
 class NativePlatform:
     name = "native"
 
@@ -85,7 +91,10 @@ class NativePlatform:
             ),
         )
         sizes = ", ".join(f"{size >> 20} MiB {name}" for name, size in sorted(ops.packed_bytes.items()))
-        return replace(built, report=(*built.report, f"packed weights: {sizes} (quantize={quantize})"))
+        lines = [f"packed weights: {sizes} (quantize={quantize})"]
+        if quantize == "file" and "bf16" in ops.packed_bytes:
+            lines.append(_WHY_NOT_CODES)
+        return replace(built, report=(*built.report, *lines))
 
 
 def _quantize(config: EngineConfig, arch: ArchConfig) -> tuple[str, str]:
