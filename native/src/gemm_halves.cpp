@@ -2,7 +2,7 @@
 //   acc ← acc + (sum · weight scale) · activation scale      (fused)
 //   acc ← acc + min · activation sum                         (fused, if the weight has mins)
 // Activations have a scale per 16 as well. With one per 32 the two halves could share the last multiplication,
-// but for a third register per output, which halves the tile; so the finer and more accurate one costs nothing.
+// but for a third register per output and so a smaller tile; and the finer scale is the more accurate one.
 #include "xllm/classes.h"
 #include "xllm/dot.h"
 #include "xllm/rounding.h"

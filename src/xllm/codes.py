@@ -32,7 +32,7 @@ class GroupCodes:
 
     @property
     def group_size(self) -> int:
-        return self.codes.shape[1] // self.scales.shape[1]
+        return int(self.codes.shape[1]) // int(self.scales.shape[1])
 
     def with_rows(self, change: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> GroupCodes:
         """The same after `change`, a permutation of rows, of each array."""
