@@ -97,6 +97,31 @@ XN_EXPORT int32_t xn_linear(
     xn_pool* pool, const xn_matrix* matrix, const float* x, int64_t rows, int64_t ldx, const float* bias,
     float* y, int64_t ldy);
 
+// What xn_linear_fused does with a product p = x · matrixᵀ + bias before it is written:
+//   XN_STORE          y (rows, num_out) = p
+//   XN_ADD_RESIDUAL   y (rows, num_out) = residual + p; residual may be y itself, with ldr = ldy
+//   XN_SILU_MUL, XN_GELU_TANH_MUL   p = [g | u], num_out even: y (rows, num_out / 2) = act(g) · u
+enum { XN_STORE = 0, XN_ADD_RESIDUAL = 1, XN_SILU_MUL = 2, XN_GELU_TANH_MUL = 3 };
+
+// Bytes of a row of num_in inputs as the tiles of `matrix` read it. Rows rounded for one matrix serve every
+// other of its num_in and kind: bf16 is one kind, the classes in groups of 32 together are another.
+XN_EXPORT int64_t xn_rounded_stride(const xn_matrix* matrix);
+
+// Rounds x (rows, num_in) as xn_linear would; `rounded` holds rows · xn_rounded_stride bytes, 64-aligned.
+XN_EXPORT int32_t xn_round_rows(
+    xn_pool* pool, const xn_matrix* matrix, const float* x, int64_t rows, int64_t ldx, uint8_t* rounded);
+
+// xn_rms_norm over whole rows of num_in, then xn_round_rows, in one pass.
+XN_EXPORT int32_t xn_rms_norm_rounded(
+    xn_pool* pool, const xn_matrix* matrix, const float* x, int64_t rows, int64_t ldx, const float* weight,
+    float eps, float offset, uint8_t* rounded);
+
+// xn_linear with an epilogue, bit for bit what xn_linear followed by xn_add, xn_silu_mul or xn_gelu_tanh_mul
+// gives. Reads `rounded` where it is not NULL (x and ldx are then unused), else rounds x.
+XN_EXPORT int32_t xn_linear_fused(
+    xn_pool* pool, const xn_matrix* matrix, const float* x, const uint8_t* rounded, int64_t rows, int64_t ldx,
+    const float* bias, int32_t epilogue, const float* residual, int64_t ldr, float* y, int64_t ldy);
+
 // ---- embed.cpp, elementwise.cpp (N2) -------------------------------------------------------------------
 
 // y (rows, D) = table[ids] · scale; scale and product rounded to bf16 unless scale is 0, which means none.

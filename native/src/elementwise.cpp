@@ -1,22 +1,11 @@
 // Norms, activations, rotary positions, sums: one row at a time, each vector of a row by the same code.
+#include "xllm/formulas.h"
 #include "xllm/rows.h"
-#include "xllm/simd.h"
 #include "xllm_native.h"
 
 using namespace xn;
 
 namespace {
-
-// Sum of squares; the order depends on the width alone.
-inline float sum_of_squares(const float* x, int64_t width) {
-    vf sums[4] = {vf{}, vf{}, vf{}, vf{}};
-    each_vector(width, [&](int64_t i, auto part) {
-        vf v = load(x + i, part);
-        vf& into = sums[(i / kLanes) & 3];
-        into = fma(v, v, into);
-    });
-    return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-}
 
 template <class F>
 int32_t gated(
@@ -24,11 +13,7 @@ int32_t gated(
     for_rows(pool, rows, 4 * width, [&](int64_t first, int64_t end) {
         for (int64_t row = first; row < end; row++) {
             const float* gate = x + row * ldx;
-            const float* up = gate + width;
-            float* to = y + row * ldy;
-            each_vector(width, [&](int64_t i, auto part) {
-                store(to + i, activate(load(gate + i, part)) * load(up + i, part), part);
-            });
+            gate_row(gate, gate + width, width, y + row * ldy, activate);
         }
     });
     return XN_OK;
@@ -56,14 +41,8 @@ int32_t xn_rms_norm(
     for_rows(pool, rows, n * width, [&](int64_t first, int64_t end) {
         for (int64_t row = first; row < end; row++) {
             for (int64_t part_of_row = 0; part_of_row < n; part_of_row++) {
-                const float* from = x + row * ldx + part_of_row * width;
-                float* to = y + row * ldy + part_of_row * width;
-                float mean = sum_of_squares(from, width) / float(width);
-                vf factor = splat(1.0f / std::sqrt(mean + eps));
-                each_vector(width, [&](int64_t i, auto part) {
-                    vf scaled = load(from + i, part) * factor;
-                    store(to + i, scaled * (load(weight + i, part) + splat(offset)), part);
-                });
+                const int64_t from = part_of_row * width;
+                norm_row(x + row * ldx + from, width, weight, eps, offset, y + row * ldy + from);
             }
         }
     });
@@ -87,18 +66,12 @@ int32_t xn_add(
 
 int32_t xn_silu_mul(
     xn_pool* pool, const float* gate_up, int64_t ldx, int64_t rows, int64_t width, float* y, int64_t ldy) {
-    return gated(pool, gate_up, ldx, rows, width, y, ldy, [](vf g) {
-        return g / (xn::exp(-g) + splat(1.0f));
-    });
+    return gated(pool, gate_up, ldx, rows, width, y, ldy, [](vf g) { return silu(g); });
 }
 
 int32_t xn_gelu_tanh_mul(
     xn_pool* pool, const float* gate_up, int64_t ldx, int64_t rows, int64_t width, float* y, int64_t ldy) {
-    return gated(pool, gate_up, ldx, rows, width, y, ldy, [](vf g) {
-        vf cube = g * g * g;
-        vf inner = splat(0.797884560802865f) * fma(splat(0.044715f), cube, g);
-        return splat(0.5f) * g * (xn::tanh(inner) + splat(1.0f));
-    });
+    return gated(pool, gate_up, ldx, rows, width, y, ldy, [](vf g) { return gelu_tanh(g); });
 }
 
 int32_t xn_softcap(

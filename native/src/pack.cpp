@@ -4,7 +4,6 @@
 
 #include <new>
 
-#include "xllm/classes.h"
 #include "xllm/threads.h"
 
 namespace xn {

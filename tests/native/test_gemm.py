@@ -88,10 +88,15 @@ def _make(
 
 def _random(library: ctypes.CDLL, kind: str, num_out: int, num_in: int, seed: int = 0) -> Matrix:
     rows = np.random.default_rng(seed).standard_normal((num_out, num_in), dtype=np.float32)
+    if kind == "w8g16":
+        codes = np.clip(np.rint(rows * np.float32(30)), -128, 127).astype(np.int8)
+        scales = np.abs(rows[:, ::16]).copy()
+        return _make(library.xn_pack_w8g16, library, num_out, num_in, codes, scales, None)
     call = {
         "bf16": library.xn_pack_bf16,
         "w8g32": library.xn_quantize_w8g32,
         "w4g32": library.xn_quantize_w4g32,
+        "w8a8": library.xn_quantize_w8a8,
     }
     return _make(call[kind], library, num_out, num_in, rows)
 
@@ -256,3 +261,136 @@ def test_every_item_runs_once_whatever_the_number_of_threads(
             parallel(ctypes.c_void_p(pool), ctypes.c_int64(count), item(note), None)
             assert sorted(seen) == list(range(count))
             assert workers <= set(range(num_threads))
+
+
+STORE, ADD_RESIDUAL, SILU_MUL, GELU_TANH_MUL = range(4)
+
+
+def _rounded(library: ctypes.CDLL, matrix: Matrix, x: F32, pool: int | None, norm: F32 | None) -> Array:
+    """Rounded rows of x, or of x normed with the weight `norm`; aligned, with a guard behind them."""
+    size = library.xn_rounded_stride(matrix.handle) * len(x)
+    memory = np.full(size + 128, 0xAB, dtype=np.uint8)
+    start = -_at(memory) % 64
+    rows = memory[start : start + size]
+    if norm is None:
+        code = library.xn_round_rows(pool, matrix.handle, _at(x), len(x), x.shape[1], _at(rows))
+    else:
+        code = library.xn_rms_norm_rounded(
+            pool, matrix.handle, _at(x), len(x), x.shape[1], _at(norm), 1e-5, 1.0, _at(rows)
+        )
+    assert code == 0
+    assert (memory[start + size :] == 0xAB).all()
+    return rows
+
+
+def _unfused(
+    library: ctypes.CDLL, matrix: Matrix, x: F32, bias: F32 | None, epilogue: int, residual: F32
+) -> F32:
+    product = matrix.linear(x, bias)
+    rows, width = product.shape
+    if epilogue == STORE:
+        return product
+    if epilogue == ADD_RESIDUAL:
+        y = np.empty_like(product)
+        assert (
+            library.xn_add(None, _at(residual), width, _at(product), width, rows, width, _at(y), width) == 0
+        )
+        return y
+    call = library.xn_silu_mul if epilogue == SILU_MUL else library.xn_gelu_tanh_mul
+    y = np.empty((rows, width // 2), dtype=np.float32)
+    assert call(None, _at(product), width, rows, width // 2, _at(y), width // 2) == 0
+    return y
+
+
+@pytest.mark.parametrize("kind", [*CLASSES, "w8a8", "w8g16"])
+@pytest.mark.parametrize("epilogue", [STORE, ADD_RESIDUAL, SILU_MUL, GELU_TANH_MUL])
+@pytest.mark.parametrize("seed", range(8))
+def test_fused_calls_give_the_bits_of_separate_ones(
+    library: ctypes.CDLL, pools: dict[int, int | None], kind: str, epilogue: int, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    # Halves of whole panels, of part of one, of one panel and a part; odd and even numbers of panels.
+    num_out = 2 * int(random.choice([16, 48, 112, 128, 5, 40, 57]))
+    num_in, rows = int(random.choice([32, 96, 576])), int(random.choice([1, 2, 3, 7, 9, 12, 13, 31, 64, 130]))
+    pool = pools[1 + seed % 2]
+    matrix = _random(library, kind, num_out, num_in, seed)
+    x = random.standard_normal((rows, num_in), dtype=np.float32) * np.float32(3)
+    residual = random.standard_normal((rows, num_out), dtype=np.float32)
+    bias = random.standard_normal(num_out, dtype=np.float32) if seed % 3 else None
+    norm = random.standard_normal(num_in, dtype=np.float32) if seed % 4 else None
+    normed = x
+    if norm is not None:
+        normed = np.empty_like(x)
+        library.xn_rms_norm(None, _at(x), rows, 1, num_in, num_in, _at(norm), 1e-5, 1.0, _at(normed), num_in)
+    expected = _unfused(library, matrix, normed, bias, epilogue, residual)
+    width = expected.shape[1]
+    sources = [(normed, None), (None, _rounded(library, matrix, x, pool, norm))]
+    for (from_x, from_rounded), in_place in zip(sources, (False, True), strict=True):
+        y = np.full((rows + 1, width + 3), np.nan, dtype=np.float32)
+        if in_place and epilogue == ADD_RESIDUAL:
+            y[:-1, :width] = residual
+            source, ldr = y, width + 3
+        else:
+            source, ldr = residual, num_out
+        code = library.xn_linear_fused(
+            pool, matrix.handle, None if from_x is None else _at(from_x),
+            None if from_rounded is None else _at(from_rounded), rows, num_in,
+            None if bias is None else _at(bias), epilogue, _at(source), ldr, _at(y), width + 3,
+        )  # fmt: skip
+        assert code == 0
+        assert np.array_equal(_bits(y[:-1, :width].copy()), _bits(expected))
+        assert np.isnan(y[-1]).all()
+        assert np.isnan(y[:, width:]).all()
+
+
+def test_one_rounding_serves_all_matrices_in_groups_of_32(library: ctypes.CDLL) -> None:
+    random = np.random.default_rng(9)
+    x = random.standard_normal((5, 64), dtype=np.float32)
+    codes = random.integers(0, 16, (40, 64), dtype=np.uint8)
+    scales = random.uniform(0.5, 1, (40, 2)).astype(np.float16).astype(np.float32)
+    made = [
+        _random(library, "w8g32", 40, 64),
+        _random(library, "w4g32", 40, 64),
+        _make(library.xn_pack_w4g32, library, 40, 64, codes, scales, scales * np.float32(-8)),
+    ]
+    for owner in made:
+        rounded = _rounded(library, owner, x, None, None)
+        for matrix in made:
+            y = np.empty((5, 40), dtype=np.float32)
+            code = library.xn_linear_fused(
+                None, matrix.handle, None, _at(rounded), 5, 0, None, STORE, None, 0, _at(y), 40
+            )
+            assert code == 0
+            assert np.array_equal(_bits(y), _bits(matrix.linear(x)))
+
+
+def test_impossible_fusions_are_refused(library: ctypes.CDLL) -> None:
+    matrix = _random(library, "bf16", 5, 32)
+    x, y = np.zeros((1, 32), dtype=np.float32), np.zeros((1, 8), dtype=np.float32)
+
+    def call(epilogue: int, source: F32 | None, residual: F32 | None, ldy: int) -> int:
+        code: int = library.xn_linear_fused(
+            None, matrix.handle, None if source is None else _at(source), None, 1, 32, None, epilogue,
+            None if residual is None else _at(residual), 5, _at(y), ldy,
+        )  # fmt: skip
+        return code
+
+    assert call(STORE, x, None, 5) == 0
+    assert call(STORE, None, None, 5) != 0
+    assert call(STORE, x, None, 4) != 0
+    assert call(ADD_RESIDUAL, x, None, 5) != 0
+    assert call(SILU_MUL, x, None, 5) != 0
+    assert call(4, x, None, 5) != 0
+
+
+@pytest.mark.parametrize("kind", [*CLASSES, "w8a8", "w8g16"])
+def test_the_largest_gated_tile_stays_within_its_memory(library: ctypes.CDLL, kind: str) -> None:
+    random = np.random.default_rng(10)
+    matrix = _random(library, kind, 96, 64)  # three panels of gates: nine rows make the largest tile
+    x = random.standard_normal((9, 64), dtype=np.float32)
+    y = np.empty((9, 48), dtype=np.float32)
+    code = library.xn_linear_fused(
+        None, matrix.handle, _at(x), None, 9, 64, None, SILU_MUL, None, 0, _at(y), 48
+    )
+    assert code == 0
+    assert np.array_equal(_bits(y), _bits(_unfused(library, matrix, x, None, SILU_MUL, x)))

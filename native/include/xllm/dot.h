@@ -1,4 +1,4 @@
-// Products of 8-bit codes, for the classes whose panels are [K/4][16][4]: `multiply` where there is VNNI,
+// Products of 8-bit codes, for the classes whose panels are [K/4][16][4]: `multiply_codes` where there is VNNI,
 // `add_products` where there is not. Integer sums are exact, so both give the same.
 #ifndef XLLM_DOT_H
 #define XLLM_DOT_H
@@ -9,21 +9,10 @@ namespace xn {
 
 #if defined(__AVX512VNNI__)
 
-// Four inputs of a row against NR panels; Third = row number modulo 3, Offset in bytes. Volatile asm: see
-// gemm_bf16.cpp.
-template <int Third, int Offset, int NR>
-XN_INLINE void multiply_codes(const uint8_t* base, int64_t stride, const __m512i* w, __m512i* acc) {
-    __m512i t;
-    if constexpr (Third == 0)
-        asm volatile("vpbroadcastd %c[o](%[b]), %[t]" : [t] "=v"(t) : [b] "r"(base), [o] "i"(Offset));
-    else if constexpr (Third == 1)
-        asm volatile("vpbroadcastd %c[o](%[b],%[s]), %[t]"
-                     : [t] "=v"(t) : [b] "r"(base), [s] "r"(stride), [o] "i"(Offset));
-    else
-        asm volatile("vpbroadcastd %c[o](%[b],%[s],2), %[t]"
-                     : [t] "=v"(t) : [b] "r"(base), [s] "r"(stride), [o] "i"(Offset));
+template <int NR>
+XN_INLINE void multiply_codes(__m512i x, const __m512i* w, __m512i* acc) {
     for_each<NR>([&](auto n) XN_LAMBDA {
-        asm volatile("vpdpbusd %[t], %[w], %[a]" : [a] "+v"(acc[n]) : [t] "v"(t), [w] "v"(w[n]));
+        asm volatile("vpdpbusd %[x], %[w], %[a]" : [a] "+v"(acc[n]) : [x] "v"(x), [w] "v"(w[n]));
     });
 }
 

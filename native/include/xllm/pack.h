@@ -19,6 +19,7 @@
 namespace xn {
 
 constexpr int64_t kPanel = 16;
+constexpr int64_t kMaxChannelInputs = 1 << 16;  // of w8a8: 255 · 127 · K must stay an int32
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
