@@ -86,6 +86,17 @@ XN_EXPORT int64_t xn_matrix_num_out(const xn_matrix* matrix);
 XN_EXPORT int64_t xn_matrix_num_in(const xn_matrix* matrix);
 XN_EXPORT int64_t xn_matrix_bytes(const xn_matrix* matrix);  // memory held
 
+// ---- stored.cpp: packed weights as bytes, for a file that several processes map ------------------------
+// A record is the matrix without its panels, `xn_matrix_record_bytes` long, and means something to the very
+// library that made it only. Panels are `xn_matrix_bytes` long.
+XN_EXPORT int64_t xn_matrix_record_bytes(void);
+XN_EXPORT int32_t xn_matrix_record(const xn_matrix* matrix, void* record);
+XN_EXPORT const void* xn_matrix_panels(const xn_matrix* matrix);
+// A matrix over panels of the caller's, which must outlive it, may be read-only and stand on a cache line.
+// Refuses a record that no packer of this library makes, or one whose panels have another length.
+XN_EXPORT int32_t xn_matrix_over(
+    const void* record, int64_t record_bytes, const void* panels, int64_t panels_bytes, xn_matrix** made);
+
 // y[i] = the values of output channel ids[i], exactly as the matrix stands for them; ids must be in range.
 // Single-threaded: callers split the ids.
 XN_EXPORT int32_t xn_matrix_rows(

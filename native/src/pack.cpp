@@ -9,24 +9,21 @@
 namespace xn {
 namespace {
 
-// A matrix of the class with zeroed panels, or NULL.
+// A matrix of the class with room for its panels, or NULL.
 xn_matrix* make(int32_t weight_class, int64_t num_out, int64_t num_in, int32_t zero, bool half, bool mins) {
     xn_matrix* m = new (std::nothrow) xn_matrix;
     if (m == nullptr) return nullptr;
+    memset(m, 0, sizeof(*m));  // padding too: the struct is stored as bytes
     m->weight_class = weight_class;
     m->zero = zero;
     m->half_scales = half;
     m->has_mins = mins;
     m->num_out = num_out;
     m->num_in = num_in;
-    m->padded_in = round_up(num_in, XN_GROUP);
-    m->num_panels = round_up(num_out, kPanel) / kPanel;
-    const int64_t bits = weight_class == XN_BF16 ? 16 : weight_class == XN_W4G32 ? 4 : 8;
-    m->scales_at = m->padded_in * kPanel * bits / 8;
-    const int64_t scale_bytes = m->num_scales() * m->scale_row_bytes();
-    m->mins_at = m->scales_at + scale_bytes;
-    m->panel_bytes = round_up(m->mins_at + (mins ? scale_bytes : 0), 64);
-    m->bytes = m->panel_bytes * m->num_panels;
+    if (!lay_out(m)) {
+        delete m;
+        return nullptr;
+    }
     m->panels = static_cast<uint8_t*>(weight_memory(static_cast<size_t>(m->bytes)));
     if (m->panels == nullptr) {
         delete m;
@@ -176,6 +173,24 @@ void get_channel(const xn_matrix& m, int64_t n, float* y) {
 }
 
 }  // namespace
+
+bool lay_out(xn_matrix* m) {
+    if (m->weight_class < XN_BF16 || m->weight_class > XN_W8A8) return false;
+    const bool bf16 = m->weight_class == XN_BF16;
+    if (!good_shape(m->num_out, m->num_in, bf16 ? 2 : XN_GROUP)) return false;
+    if (m->weight_class == XN_W8A8 && (m->has_mins || m->num_in > kMaxChannelInputs)) return false;
+    m->padded_in = round_up(m->num_in, XN_GROUP);
+    m->num_panels = round_up(m->num_out, kPanel) / kPanel;
+    const int64_t bits = bf16 ? 16 : m->weight_class == XN_W4G32 ? 4 : 8;
+    m->scales_at = m->padded_in * kPanel * bits / 8;
+    const int64_t scale_bytes = m->num_scales() * m->scale_row_bytes();
+    m->mins_at = m->scales_at + scale_bytes;
+    m->panel_bytes = round_up(m->mins_at + (m->has_mins ? scale_bytes : 0), 64);
+    if (m->panel_bytes > (int64_t{1} << 62) / m->num_panels) return false;
+    m->bytes = m->panel_bytes * m->num_panels;
+    return true;
+}
+
 }  // namespace xn
 
 extern "C" {
@@ -225,7 +240,7 @@ int32_t xn_pack_w8a8(
 
 void xn_matrix_free(xn_matrix* matrix) {
     if (matrix == nullptr) return;
-    xn::free_weight_memory(matrix->panels);
+    if (!matrix->borrowed) xn::free_weight_memory(matrix->panels);
     delete matrix;
 }
 

@@ -52,6 +52,7 @@ struct xn_matrix {
     int32_t zero;      // subtracted from a stored code: 8-bit 128; W4 0, or 8 where min = −8 · scale
     bool half_scales;  // scales and mins are float16, which all GGUF formats of one scale per group have
     bool has_mins;
+    bool borrowed;  // the panels are the caller's, in a mapped file as a rule
     int64_t num_out, num_in;
     int64_t padded_in, num_panels;
     int64_t panel_bytes, scales_at, mins_at;  // the latter two within a panel
@@ -68,5 +69,13 @@ struct xn_matrix {
     const uint8_t* panel(int64_t p) const { return panels + p * panel_bytes; }
     uint8_t* panel(int64_t p) { return panels + p * panel_bytes; }
 };
+
+namespace xn {
+
+// Fills in all that follows from class, flags and shape, and touches nothing else; false when no packer makes
+// such a matrix. Stored records are checked by it, so every derived field must be set here.
+bool lay_out(xn_matrix* matrix);
+
+}  // namespace xn
 
 #endif  // XLLM_PACK_H

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import mmap
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from gguf.constants import GGMLQuantizationType as Quant
 from gguf.quants import dequantize
 
 from xllm.arch import ArchConfig
-from xllm.artifacts.digest import sampled_digest
+from xllm.artifacts.digest import files_identity, sampled_digest
 from xllm.artifacts.gguf_arch import arch_from_metadata
 from xllm.artifacts.gguf_codes import group_codes
 from xllm.artifacts.gguf_header import GgufError, GgufHeader, TensorInfo, read_header
@@ -50,6 +51,8 @@ SUPPORTED_TYPES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class _OpenFile:
+    path: Path
+    stat: os.stat_result
     header: GgufHeader
     data: mmap.mmap
 
@@ -58,8 +61,9 @@ class _OpenFile:
 def _open(path: Path, size: int, modified_ns: int) -> _OpenFile:
     """One mapping and one parsed head per file version; size and time are there to tell versions apart."""
     with path.open("rb") as file:
+        stat = os.fstat(file.fileno())
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return _OpenFile(read_header(data, path), data)
+    return _OpenFile(path, stat, read_header(data, path), data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +134,7 @@ class GgufTensors:
     """`TensorSource` over an open file. Arrays of load_raw may be views of the mapping."""
 
     def __init__(self, opened: _OpenFile, arch: ArchConfig) -> None:
+        self._opened = opened
         self._data = opened.data
         self._arch = arch
         self._by_name: dict[str, TensorInfo] = {}
@@ -139,6 +144,13 @@ class GgufTensors:
                 self._by_name[name] = info
             elif gguf_name != ROPE_FREQS:
                 raise GgufError(f"the file holds a tensor {arch.name} does not have: {gguf_name[:80]}")
+
+    def identity(self) -> str:
+        return files_identity([(self._opened.path, self._opened.stat)])
+
+    def release(self) -> None:
+        # Pages of the file that are mapped count as this process's memory, wanted or not.
+        self._data.madvise(mmap.MADV_DONTNEED)
 
     def names(self) -> Sequence[str]:
         return sorted(self._by_name)

@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from xllm.artifacts.gguf_arch import eos_ids
 from xllm.artifacts.gguf_header import GgufError
 from xllm.artifacts.pretokenizers import PRE_TOKENIZERS, PreTokenizer
@@ -26,7 +28,8 @@ def assets_from_metadata(metadata: Mapping[str, Any]) -> dict[str, bytes]:
         raise GgufError(f"tokenizer {str(vocabulary.model)[:40]} is not supported; gpt2 and llama are")
     spec = builders[vocabulary.model](vocabulary)
     assets = {
-        "tokenizer": json.dumps(spec, ensure_ascii=False).encode("utf-8"),
+        # Megabytes: the one JSON text here whose making is felt at start.
+        "tokenizer": msgspec.json.encode(spec),
         "text_config": json.dumps(_text_config(vocabulary), ensure_ascii=False).encode("utf-8"),
     }
     template = metadata.get("tokenizer.chat_template")
@@ -94,8 +97,7 @@ def _byte_level(v: _Vocabulary) -> dict[str, Any]:
     if not isinstance(merges, list) or not all(isinstance(m, str) and " " in m[1:] for m in merges):
         raise GgufError("tokenizer.ggml.merges is missing or damaged")
     ids = v.ids()
-    # The separator is the first blank after the first character; byte-level tokens hold no blank.
-    pairs = [(m[: m.index(" ", 1)], m[m.index(" ", 1) + 1 :]) for m in merges]
+    pairs = [_halves(m) for m in merges]
     # The library refuses a merge whose parts or result are no tokens.
     pairs = [p for p in pairs if p[0] in ids and p[1] in ids and p[0] + p[1] in ids]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -104,6 +106,15 @@ def _byte_level(v: _Vocabulary) -> dict[str, Any]:
     spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*v.pre.steps(), byte_level]}
     spec["decoder"] = byte_level
     return spec
+
+
+def _halves(merge: str) -> tuple[str, str]:
+    """The separator is the first blank after the first character; byte-level tokens hold no blank."""
+    left, _, right = merge.partition(" ")
+    if not left:
+        left, _, right = merge[1:].partition(" ")
+        left = " " + left
+    return left, right
 
 
 def _sentencepiece(v: _Vocabulary) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from xllm.arch import ArchConfig
-from xllm.artifacts.digest import sampled_digest
+from xllm.artifacts.digest import files_identity, sampled_digest
 from xllm.artifacts.gguf_file import GgufModel
 from xllm.artifacts.hf_arch import arch_from_config
 from xllm.artifacts.safetensors_file import SafetensorsFile
@@ -95,8 +95,8 @@ class HfTensors:
 
     def __init__(self, files: Sequence[Path], *, tied: bool) -> None:
         self._where: dict[str, tuple[SafetensorsFile, str]] = {}
-        for path in files:
-            file = SafetensorsFile(path)
+        self._files = [SafetensorsFile(path) for path in files]
+        for file in self._files:
             for stored in file.tensors:
                 name = _text_model_name(stored)
                 # Some checkpoints store the tied matrix a second time.
@@ -105,6 +105,13 @@ class HfTensors:
                 if name in self._where:
                     raise ConfigError(f"model: tensor {name[:80]} is in two files")
                 self._where[name] = (file, stored)
+
+    def identity(self) -> str:
+        return files_identity([(file.path, file.stat) for file in self._files])
+
+    def release(self) -> None:
+        for file in self._files:
+            file.release()
 
     def names(self) -> Sequence[str]:
         return sorted(self._where)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class SafetensorsFile:
         self.path = path
         try:
             with path.open("rb") as file:
+                self.stat = os.fstat(file.fileno())
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise SafetensorsError(f"{path.name} cannot be opened or is empty") from error
@@ -62,6 +64,10 @@ class SafetensorsFile:
             self.tensors: Mapping[str, StoredTensor] = _table(self._data)
         except SafetensorsError as error:
             raise SafetensorsError(f"{path.name}: {error.message}") from error
+
+    def release(self) -> None:
+        """Unmap the pages that were read: they count as this process's memory, wanted or not."""
+        self._data.madvise(mmap.MADV_DONTNEED)
 
     def read(self, name: str) -> tuple[str, Array]:
         """(float32 | float16 | bfloat16 bits as uint16, array). Raises SafetensorsError for other types."""

@@ -29,6 +29,12 @@ GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty
 class TensorSource(Protocol):
     """Tensors under their Hugging Face names, in Hugging Face's layout and conventions."""
 
+    def identity(self) -> str:
+        """Names these very bytes on this machine, for caches; "" when nothing vouches for them."""
+
+    def release(self) -> None:
+        """Give back the memory that reading took; reading again is allowed."""
+
     def names(self) -> Sequence[str]:
         """All parameter names, sorted."""
 
@@ -85,6 +91,12 @@ class DummySource:
 
     config: ArchConfig
     seed: int = 0
+
+    def identity(self) -> str:
+        return ""
+
+    def release(self) -> None:
+        """Nothing is held."""
 
     def names(self) -> Sequence[str]:
         return sorted(parameter_shapes(self.config))

@@ -12,7 +12,7 @@ from pathlib import Path
 PREFIX = "XLLM_"
 
 NOT_FLAGS = {
-    "XLLM_CACHE_DIR": "where models are kept; default: $XDG_CACHE_HOME/xllm or ~/.cache/xllm",
+    "XLLM_CACHE_DIR": "for models and packed weights; default: $XDG_CACHE_HOME/xllm or ~/.cache/xllm",
     "XLLM_CONFIG": "configuration file when --config is not given",
 }
 
@@ -23,7 +23,7 @@ def variables() -> dict[str, str]:
 
 
 def cache_dir() -> Path:
-    """Directory for pulled models. Not created here."""
+    """Directory for pulled models and packed weights. Not created here."""
     own = os.environ.get("XLLM_CACHE_DIR")
     if own:
         return Path(own).expanduser()

@@ -29,6 +29,10 @@ class ModelConfig:
         "weights on the native platform; none = bfloat16, file = codes as the file has them, "
         "w8a8 = fastest, some accuracy lost",
     )
+    weights_cache: str = option(
+        "auto",
+        "directory of packed weights that engines share; auto = in the cache directory, off = none",
+    )
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = option(
         "auto", "dummy = random weights of the right shape"
     )

@@ -31,6 +31,9 @@ from xllm.types import ModelCard
 Progress = Callable[[str, float], None]
 """(stage that just ended, seconds it took)."""
 
+OnAssets = Callable[[Mapping[str, bytes]], None]
+"""Gets the text assets by name, long before the weights are loaded."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltEngine:
@@ -57,7 +60,9 @@ class _Stages:
         self._since_s = now_s
 
 
-def build_engine(config: EngineConfig, clock: Clock, progress: Progress) -> BuiltEngine:
+def build_engine(
+    config: EngineConfig, clock: Clock, progress: Progress, on_assets: OnAssets = lambda assets: None
+) -> BuiltEngine:
     """An engine ready to step. Raises ConfigError with field, value and remedy."""
     stages = _Stages(clock, progress)
     order = create_order(config.scheduler.scheduling_policy)
@@ -70,6 +75,7 @@ def build_engine(config: EngineConfig, clock: Clock, progress: Progress) -> Buil
     )
     arch = source.arch()
     assets = resolve_assets(source, config.model.tokenizer, config.model.chat_template)
+    on_assets(assets)
     stages.done("model files found and read")
     platform, reasons = select_platform(config, arch)
     stages.done(f"platform {platform.name} ready")

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 
 from xllm.clock import SystemClock
 from xllm.engine.build import BuiltEngine, build_engine
@@ -71,8 +72,11 @@ def _build(connection: Connection, start: Start) -> BuiltEngine | None:
     def progress(stage: str, elapsed_s: float) -> None:
         connection.send(Progress(stage=stage, elapsed_s=elapsed_s))
 
+    def early(assets: Mapping[str, bytes]) -> None:
+        connection.send(Progress(stage="text assets made", assets=dict(assets)))
+
     try:
-        return build_engine(start.config, SystemClock(), progress)
+        return build_engine(start.config, SystemClock(), progress, early)
     except XllmError as error:
         connection.send(StartFailed(error=error.info()))
     except Exception:

@@ -7,11 +7,19 @@ model, or two models of one family, share a tokenizer.
 from __future__ import annotations
 
 import asyncio
+import hashlib
+from collections.abc import Mapping
 
 from xllm.errors import NotFoundError, UnavailableError
 from xllm.service.instances.instance import Instance
 from xllm.text.assets import TextAssets
 from xllm.types import ModelCard
+
+_TextKey = tuple[tuple[str, str], ...]
+"""(name, digest) of every asset."""
+
+_MAX_MAKING = 8
+"""An engine that keeps sending assets is not believed for long."""
 
 
 class Catalogue:
@@ -21,7 +29,16 @@ class Catalogue:
         self._instances: dict[str, Instance] = {}
         self._names: dict[str, str] = {}
         self._bytes: dict[str, bytes] = {}
-        self._text: dict[tuple[tuple[str, str], ...], TextAssets] = {}
+        self._text: dict[_TextKey, TextAssets] = {}
+        self._making: dict[_TextKey, asyncio.Task[TextAssets]] = {}
+
+    def prepare(self, assets: Mapping[str, bytes]) -> None:
+        """Make the text of these assets in the background, for the `add` whose card names their digests."""
+        key = tuple(sorted((name, hashlib.sha256(data).hexdigest()) for name, data in assets.items()))
+        if key not in self._text and key not in self._making and len(self._making) < _MAX_MAKING:
+            making = asyncio.create_task(asyncio.to_thread(TextAssets.from_card_assets, assets))
+            making.add_done_callback(_seen)
+            self._making[key] = making
 
     async def add(self, instance: Instance) -> None:
         """Fetch what text assets are not known yet, then list the instance under its model's names.
@@ -32,6 +49,9 @@ class Catalogue:
         if instance.name in self._instances and self._instances[instance.name].alive:
             raise ValueError(f"instance name {instance.name} is taken")
         key = _text_key(instance.card)
+        making = self._making.pop(key, None)
+        if making is not None:
+            self._text[key] = await making
         if key not in self._text:
             for digest in instance.card.assets.values():
                 if digest not in self._bytes:
@@ -44,6 +64,14 @@ class Catalogue:
         self._names[instance.card.model_id] = instance.card.model_id
         for alias in instance.card.aliases:
             self._names.setdefault(alias, instance.card.model_id)
+
+    async def close(self) -> None:
+        """End what was begun for instances that never came."""
+        making = list(self._making.values())
+        self._making.clear()
+        for task in making:
+            task.cancel()
+        await asyncio.gather(*making, return_exceptions=True)
 
     def instances(self) -> tuple[Instance, ...]:
         """All, sorted by name."""
@@ -77,5 +105,11 @@ class Catalogue:
         return tuple(i for i in self.instances() if i.card.model_id == model_id)
 
 
-def _text_key(card: ModelCard) -> tuple[tuple[str, str], ...]:
+def _text_key(card: ModelCard) -> _TextKey:
     return tuple(sorted(card.assets.items()))
+
+
+def _seen(making: asyncio.Task[TextAssets]) -> None:
+    """Who adds the instance gets the error; if nobody does, it is no news."""
+    if not making.cancelled():
+        making.exception()

@@ -121,6 +121,10 @@ class Front:
         """Tokenizer and template of a model. Raises NotFoundError."""
         return self._catalogue.text(model)
 
+    def prepare_text(self, assets: dict[str, bytes]) -> None:
+        """Begin to make a tokenizer that an instance still to be added will need."""
+        self._catalogue.prepare(assets)
+
     # -- requests -------------------------------------------------------------------------------
 
     async def submit(self, draft: RequestDraft) -> LiveRequest:
@@ -311,6 +315,7 @@ class Front:
         self._fail_all()
         for instance in self._catalogue.instances():
             await instance.close()
+        await self._catalogue.close()
 
     def _fail_all(self) -> None:
         for placed in tuple(self._live.values()):

@@ -53,7 +53,9 @@ class LocalService:
         self, config: EngineConfig, front_config: FrontConfig, on_progress: OnProgress, log_level: str
     ) -> None:
         timeout_s = front_config.start_timeout_s
-        engine = await LocalEngine.launch(config, on_progress, timeout_s=timeout_s, log_level=log_level)
+        engine = await LocalEngine.launch(
+            config, on_progress, self.front.prepare_text, timeout_s=timeout_s, log_level=log_level
+        )
         self.engines = (*self.engines, engine)
         await self.front.add_instance(
             engine.stream,

@@ -6,12 +6,12 @@ per-token decoding agree by construction. No chat templates, no stop strings, no
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import msgspec
 import tokenizers
 
 from xllm.errors import ConfigError, RequestError
@@ -32,7 +32,7 @@ class Tokenizer:
     def __init__(self, tokenizer_json: bytes, text_config: Mapping[str, Any]) -> None:
         """Raises ConfigError for JSON that is no tokenizer, or a decoder this class cannot follow."""
         try:
-            spec = json.loads(tokenizer_json)
+            spec = msgspec.json.decode(tokenizer_json)
             self._lib = tokenizers.Tokenizer.from_str(tokenizer_json.decode("utf-8"))
         except Exception as error:  # noqa: BLE001  the library raises bare Exception
             raise ConfigError("tokenizer: the file is not a valid tokenizers JSON") from error
@@ -42,6 +42,10 @@ class Tokenizer:
         self._byte_level, self._strips_first_space = _decoder_rules(spec.get("decoder"))
         self._special = {t["id"]: t["content"] for t in spec.get("added_tokens", ()) if t.get("special")}
         self._added = {t["id"]: t["content"] for t in spec.get("added_tokens", ())}
+        added = spec.get("added_tokens") or ()
+        self._normalizes = bool(spec.get("normalizer"))
+        self._swallows = any(t.get("lstrip") or t.get("rstrip") for t in added)
+        self._num_tokens, self._longest_token = self._vocabulary_facts(spec)
         self._bytes: dict[int, bytes] = {}
         self.bos_token_id: int | None = text_config.get("bos_token_id")
         self.eos_token_ids: tuple[int, ...] = _eos_ids(text_config)
@@ -51,9 +55,22 @@ class Tokenizer:
         """Ids are below this; the model's logits may be wider (padding rows)."""
         return self._num_tokens
 
-    @cached_property
-    def _num_tokens(self) -> int:
-        return 1 + max(self._lib.get_vocab(with_added_tokens=True).values(), default=-1)
+    def _vocabulary_facts(self, spec: Mapping[str, Any]) -> tuple[int, int]:
+        """(ids are below this, characters of the longest token).
+
+        From the parsed file where it has a mapping: the library would convert its own again, which takes
+        as long as all the rest.
+        """
+        vocab = spec.get("model", {}).get("vocab")
+        if isinstance(vocab, dict) and vocab:
+            added = self._lib.get_added_tokens_decoder()
+            last, longest = max(vocab.values()), max(map(len, vocab))
+            return (
+                1 + max(last, *added, -1),
+                max(longest, *(len(t.content) for t in added.values()), 1),
+            )
+        vocab = self._lib.get_vocab(with_added_tokens=True)
+        return 1 + max(vocab.values(), default=-1), max((len(t) for t in vocab), default=1)
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -112,7 +129,7 @@ class Tokenizer:
                 raise _too_long(max_tokens)
             length *= 4
 
-    @cached_property
+    @property
     def max_token_chars(self) -> int:
         """Bound on the characters of input that one token can stand for.
 
@@ -120,11 +137,7 @@ class Tokenizer:
         (NFC composes a few code points into one) are covered by the factor 4; tokens that
         swallow white space around them (lstrip, rstrip) make no bound possible.
         """
-        spec = json.loads(self._json)
-        if any(t.get("lstrip") or t.get("rstrip") for t in spec.get("added_tokens", ())):
-            return 1 << 40
-        longest = max((len(t) for t in self._lib.get_vocab(with_added_tokens=True)), default=1)
-        return longest * (4 if spec.get("normalizer") else 1)
+        return 1 << 40 if self._swallows else self._longest_token * (4 if self._normalizes else 1)
 
     @cached_property
     def _literal_lib(self) -> tokenizers.Tokenizer:

@@ -29,10 +29,15 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
-    """Engine → front while loading: what is going on and how long the last stage took."""
+    """Engine → front while loading: what is going on and how long the last stage took.
+
+    `assets` (name → bytes) come once, as soon as they are known: a front may get its tokenizer ready while
+    the weights load. They are a hint; the card's digests decide.
+    """
 
     stage: str
     elapsed_s: float = 0.0
+    assets: dict[str, bytes] = {}
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):

@@ -11,9 +11,9 @@ from xllm.cli.main import COMMANDS, main, parser_for
 MAX_FLAGS = 60
 
 SETTINGS = """
---model --tokenizer --revision --served-model-name --dtype --quantize --load-format --max-model-len
---chat-template --seed --kv-cache-memory-bytes --num-pages --enable-prefix-caching --max-num-seqs
---max-num-batched-tokens --enable-chunked-prefill --scheduling-policy --max-num-queued-reqs
+--model --tokenizer --revision --served-model-name --dtype --quantize --weights-cache --load-format
+--max-model-len --chat-template --seed --kv-cache-memory-bytes --num-pages --enable-prefix-caching
+--max-num-seqs --max-num-batched-tokens --enable-chunked-prefill --scheduling-policy --max-num-queued-reqs
 --logits-processors --platform --num-threads --config
 """.split()
 

@@ -23,6 +23,7 @@ from xllm.config import FrontConfig
 from xllm.errors import (
     AbortedError,
     CapacityError,
+    ConfigError,
     DeadlineError,
     ErrorInfo,
     InternalError,
@@ -374,6 +375,29 @@ async def test_a_model_is_found_by_its_aliases_but_an_id_beats_another_models_al
     await house.engine(model="dog", script=say("wuff"))
     streams = [await house.submit(model=name) for name in ("cat", "pet", "dog")]
     assert [text_of(await collect(s)) for s in streams] == ["miau", "miau", "wuff"]
+
+
+async def test_text_that_was_prepared_is_not_fetched_again(house: House) -> None:
+    house.front.prepare_text(dict(ASSETS))
+    engine = SampleEngine(sample_card(ASSETS), {})
+    house.engines.append(engine)
+    await house.front.add_instance(engine.stream, engine.card, name="engine-0")
+    assert house.front.text("sample").tokenizer.num_tokens == 512
+
+
+async def test_prepared_text_that_does_not_fit_the_card_is_not_used(house: House) -> None:
+    house.front.prepare_text({**ASSETS, "text_config": b'{"bos_token_id": 77}'})
+    await house.engine()
+    assert house.front.text("sample").tokenizer.bos_token_id != 77
+
+
+async def test_unusable_prepared_text_refuses_the_instance_that_has_it(house: House) -> None:
+    bad = {"tokenizer": b"{}"}
+    house.front.prepare_text(bad)
+    engine = SampleEngine(sample_card(bad), bad)
+    house.engines.append(engine)
+    with pytest.raises(ConfigError, match="tokenizer"):
+        await house.front.add_instance(engine.stream, engine.card, name="engine-0")
 
 
 async def test_an_engine_without_its_text_assets_is_refused_and_closed(house: House) -> None:

@@ -55,3 +55,27 @@ async def test_silence_and_death_are_unavailable() -> None:
     with pytest.raises(UnavailableError) as lost:
         await shake(Hello(), end=True)
     assert lost.value.code == "engine_lost"
+
+
+async def test_assets_that_come_early_are_handed_on_and_are_no_stage() -> None:
+    stream, engine = memory_pair()
+    stages: list[str] = []
+    found: list[dict[str, bytes]] = []
+    starting = asyncio.create_task(
+        start_engine(
+            stream,
+            EngineConfig(),
+            timeout_s=30.0,
+            on_progress=lambda stage, _: stages.append(stage),
+            on_assets=found.append,
+        )
+    )
+    for message in (
+        Hello(),
+        Progress(stage="text", assets=tiny_assets()),
+        Progress(stage="weights"),
+        Ready(card=CARD, pid=1),
+    ):
+        engine.send(message)
+    assert (await starting).card == CARD
+    assert (stages, found) == (["weights"], [tiny_assets()])

@@ -6,7 +6,7 @@ Knows no file format and no architecture.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -36,8 +36,22 @@ class Tensors(Protocol):
     def load_codes(self, name: str) -> GroupCodes | None: ...
 
 
+class Kept(Protocol):
+    """Where loaded parameters are kept between starts; a backend's own matter."""
+
+    def handles(
+        self, wanted: Mapping[str, tuple[int, ...]], build: Callable[[], dict[str, Buffer]]
+    ) -> Mapping[str, Buffer]:
+        """The parameters by name; `wanted` tells their shapes without padding, `build` makes them."""
+
+
 def load_weights(
-    model: ModelDefinition, arch: ArchConfig, source: Tensors, backend: Backend, num_positions: int
+    model: ModelDefinition,
+    arch: ArchConfig,
+    source: Tensors,
+    backend: Backend,
+    num_positions: int,
+    kept: Kept | None = None,
 ) -> LoadedWeights:
     """All parameters as handles of `backend`; rotary tables reach `num_positions`.
 
@@ -45,19 +59,30 @@ def load_weights(
     """
     params = model.parameters(arch)
     _check(params, source, arch)
+
+    def build() -> dict[str, Buffer]:
+        return {_name(param): _load(param, source, backend) for param in params}
+
+    wanted = {_name(param): _shape(param) for param in params}
+    handles = build() if kept is None else kept.handles(wanted, build)
     top: dict[str, Buffer] = {}
     layers: list[dict[str, Buffer]] = [{} for _ in range(arch.num_layers)]
     for param in params:
         target = top if param.layer is None else layers[param.layer]
-        target[param.key] = _load(param, source, backend)
+        target[param.key] = handles[_name(param)]
     if "head" not in top:
         top["head"] = backend.tied_matrix(top["embed"])
+    return LoadedWeights(top=top, layers=layers, ropes=_ropes(model, arch, source, backend, num_positions))
+
+
+def _ropes(
+    model: ModelDefinition, arch: ArchConfig, source: Tensors, backend: Backend, num_positions: int
+) -> dict[str, RopeTable]:
     factors = source.load_f32(ROPE_FACTORS) if ROPE_FACTORS in source.names() else None
-    ropes = {
+    return {
         name: RopeTable(cos=backend.vector(cos), sin=backend.vector(sin))
         for name, (cos, sin) in model.ropes(arch, num_positions, factors).items()
     }
-    return LoadedWeights(top=top, layers=layers, ropes=ropes)
 
 
 def weight_bytes(params: Sequence[Param], dtype_bytes: int) -> int:
@@ -67,6 +92,15 @@ def weight_bytes(params: Sequence[Param], dtype_bytes: int) -> int:
         each = 4 if param.kind == "vector" else dtype_bytes
         total += sum(math.prod(shape) for shape in param.shapes) * each
     return total
+
+
+def _name(param: Param) -> str:
+    return param.key if param.layer is None else f"{param.layer}.{param.key}"
+
+
+def _shape(param: Param) -> tuple[int, ...]:
+    """Of the parameter, without the rows of zeros that `_load` may add."""
+    return (sum(shape[0] for shape in param.shapes), *param.shapes[0][1:])
 
 
 def _load(param: Param, source: Tensors, backend: Backend) -> Buffer:

@@ -24,6 +24,12 @@ from xllm.types import KVLayout
 class TensorSource(Protocol):
     """The weights under their Hugging Face names; `xllm.artifacts` makes one."""
 
+    def identity(self) -> str:
+        """Names these very bytes on this machine; "" when nothing vouches for them."""
+
+    def release(self) -> None:
+        """Give back the memory that reading took; reading again is allowed."""
+
     def names(self) -> Sequence[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...

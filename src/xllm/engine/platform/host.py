@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
 _MEMINFO = Path("/proc/meminfo")
 _CPUINFO = Path("/proc/cpuinfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_CUDA_DRIVER = "libcuda.so.1"
 _ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd")
 
 
@@ -30,6 +32,22 @@ def isa() -> str:
             present = set(line.split(":", 1)[1].split())
             return "+".join(f for f in _ISA_FLAGS if f in present) or "base"
     return "unknown"
+
+
+def trim_heap() -> None:
+    """Hand freed memory back to the system: what loading took in pieces, the C library keeps otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # a C library without it has its own way
+        trim(ctypes.c_size_t(0))
+
+
+def no_cuda_driver() -> str | None:
+    """Why no library whatever can use a CUDA device here; None where one may."""
+    try:
+        ctypes.CDLL(_CUDA_DRIVER)
+    except OSError:
+        return f"there is no device driver ({_CUDA_DRIVER}) on this machine"
+    return None
 
 
 def _system_bytes() -> int:

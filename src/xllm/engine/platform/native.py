@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
+from pathlib import Path
+
+import msgspec
 
 from xllm.arch import ArchConfig
+from xllm.config.env import cache_dir
 from xllm.config.schema import EngineConfig
 from xllm.engine.kernels.native.library import find, open_library
 from xllm.engine.kernels.native.ops import HEAD_MULTIPLE, KV_ORDER, NativeOps
 from xllm.engine.kernels.native.packing import WeightClass
+from xllm.engine.kernels.native.weights_cache import WeightsCache
 from xllm.engine.model.registry import find_model
 from xllm.engine.model.weights import weight_bytes
 from xllm.engine.platform.base import BuiltRunner, Platform, TensorSource
@@ -16,9 +22,14 @@ from xllm.engine.platform.host import available_bytes, num_cores
 from xllm.engine.platform.loading import load_runner, resolve_dtype
 from xllm.engine.sampling import Sampler
 from xllm.errors import ConfigError
+from xllm.version import __version__
 
 KERNELS_VERSION = "native-2"
 """Raised whenever a change of the kernels may change a bit of the logits."""
+
+PACKING_VERSION = 1
+"""Raised when Python hands the packers anything else than before (order, codes, padding); changes of the
+packers themselves show in the library's name."""
 
 _DTYPE = "bfloat16"
 _EASY_SHARE = 4
@@ -72,6 +83,7 @@ class NativePlatform:
         dtype, why_dtype = resolve_dtype(config.model.dtype, _DTYPE, "what the native kernels compute in")
         quantize, why_quantize = _quantize(config, arch)
         ops = NativeOps(open_library(path), threads, *_CLASSES[quantize], keeps_codes=quantize == "file")
+        kept, why_not_kept = _cache(config, arch, tensors, ops, path, quantize)
         built = load_runner(
             arch,
             tensors,
@@ -80,9 +92,10 @@ class NativePlatform:
             sampler,
             ops=ops,
             dtype=dtype,
-            free_bytes=available_bytes,
+            free_bytes=lambda: max(0, available_bytes() - (0 if kept is None else kept.mapped_bytes)),
             numerics=("native", KERNELS_VERSION, isa, f"quantize-{quantize}", f"kv-{dtype}", "tp1"),
             kv_order=KV_ORDER,
+            kept=kept,
             report=(
                 f"num_threads={threads}: {why_threads}",
                 why_dtype,
@@ -91,10 +104,31 @@ class NativePlatform:
             ),
         )
         sizes = ", ".join(f"{size >> 20} MiB {name}" for name, size in sorted(ops.packed_bytes.items()))
-        lines = [f"packed weights: {sizes} (quantize={quantize})"]
-        if quantize == "file" and "bf16" in ops.packed_bytes:
-            lines.append(_WHY_NOT_CODES)
-        return replace(built, report=(*built.report, *lines))
+        packed = f"packed weights: {sizes} (quantize={quantize})"
+        kept_lines = (why_not_kept,) if kept is None else tuple(kept.report)
+        no_codes = (_WHY_NOT_CODES,) if quantize == "file" and "bf16" in ops.packed_bytes else ()
+        return replace(built, report=(*built.report, packed, *no_codes, *kept_lines))
+
+
+def _cache(
+    config: EngineConfig,
+    arch: ArchConfig,
+    tensors: TensorSource,
+    ops: NativeOps,
+    library: Path,
+    quantize: str,
+) -> tuple[WeightsCache | None, str]:
+    """(the cache, "") or (None, report line)."""
+    asked = config.model.weights_cache
+    if asked == "off":
+        return None, "weights_cache=off: as asked"
+    identity = tensors.identity()
+    if not identity:
+        return None, "weights_cache=off: nothing vouches for these weights being the same next time"
+    directory = cache_dir() / "packed" if asked == "auto" else Path(asked).expanduser()
+    facts = (PACKING_VERSION, __version__, library.name, quantize, _CLASSES[quantize], identity, arch)
+    key = hashlib.sha256(msgspec.msgpack.encode(facts)).hexdigest()[:32]
+    return WeightsCache(directory, key, ops.packer, lambda: tensors.identity() == identity), ""
 
 
 def _quantize(config: EngineConfig, arch: ArchConfig) -> tuple[str, str]:

@@ -6,12 +6,14 @@ Platforms are imported when asked for, since theirs is the only code that needs 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 
 from xllm.arch import ArchConfig
 from xllm.config.schema import EngineConfig
 from xllm.engine.platform.base import Platform
+from xllm.engine.platform.host import no_cuda_driver
 from xllm.errors import ConfigError
 
 GROUP = "xllm.platforms"
@@ -26,6 +28,8 @@ BUILT_IN = {
 _AUTO = ("cuda", "native", "cpu")
 """Tried in this order; `null` computes nothing and is never chosen on its own."""
 
+_SIGNS: dict[str, Callable[[], str | None]] = {"cuda": no_cuda_driver}
+"""Why a platform need not even be imported when nobody asked for it: torch takes a second and 200 MiB."""
 
 # Not "pip install xllm[torch]": on Linux that takes the build with gigabytes of CUDA libraries.
 _TORCH_REMEDY = "`make test-setup` brings it, or install torch 2.13.0 (without a GPU its build 2.13.0+cpu)"
@@ -42,7 +46,8 @@ def select_platform(config: EngineConfig, arch: ArchConfig) -> tuple[Platform, t
     names = _AUTO if asked == "auto" else (asked,)
     refused: list[str] = []
     for name in names:
-        platform, reasons = _load(name)
+        hopeless = _SIGNS[name]() if asked == "auto" and name in _SIGNS else None
+        platform, reasons = _load(name) if hopeless is None else (None, (hopeless,))
         if platform is not None:
             reasons = platform.why_not(config, arch)
         if platform is not None and not reasons:

@@ -17,6 +17,9 @@ from xllm.wire.stream import EngineStream
 OnProgress = Callable[[str, float], None]
 """Called with (stage that has just ended, seconds it took)."""
 
+OnAssets = Callable[[dict[str, bytes]], None]
+"""Called with an engine's text assets by name, if it sends them before it has loaded."""
+
 OLDEST_VERSION = WIRE_VERSION - 1
 
 
@@ -24,8 +27,17 @@ def ignore_progress(stage: str, elapsed_s: float) -> None:
     """For callers that show nothing."""
 
 
+def ignore_assets(assets: dict[str, bytes]) -> None:
+    """For callers that fetch them by digest in due time."""
+
+
 async def start_engine(
-    stream: EngineStream, config: EngineConfig, *, timeout_s: float, on_progress: OnProgress = ignore_progress
+    stream: EngineStream,
+    config: EngineConfig,
+    *,
+    timeout_s: float,
+    on_progress: OnProgress = ignore_progress,
+    on_assets: OnAssets = ignore_assets,
 ) -> Ready:
     """Make the peer become the engine of `config` and wait until it has loaded.
 
@@ -36,7 +48,7 @@ async def start_engine(
         async with asyncio.timeout(timeout_s):
             await stream.send(Hello())
             await stream.send(Start(config=config))
-            return await _wait_ready(stream, on_progress)
+            return await _wait_ready(stream, on_progress, on_assets)
     except TimeoutError as error:
         message = f"the engine did not load within {timeout_s:g} s; see start_timeout_s"
         raise UnavailableError(message, code="start_timeout") from error
@@ -44,14 +56,17 @@ async def start_engine(
         raise UnavailableError("the engine was lost while it loaded", code="engine_lost") from error
 
 
-async def _wait_ready(stream: EngineStream, on_progress: OnProgress) -> Ready:
+async def _wait_ready(stream: EngineStream, on_progress: OnProgress, on_assets: OnAssets) -> Ready:
     while (message := await stream.receive()) is not None:
         if isinstance(message, Ready):
             return message
         if isinstance(message, StartFailed):
             raise message.error.to_error()
         if isinstance(message, Progress):
-            on_progress(message.stage, message.elapsed_s)
+            if message.assets:
+                on_assets(message.assets)
+            else:
+                on_progress(message.stage, message.elapsed_s)
         if isinstance(message, Hello) and not OLDEST_VERSION <= message.version <= WIRE_VERSION + 1:
             raise ConfigError(
                 f"the engine speaks wire version {message.version}, this front {WIRE_VERSION}",

@@ -15,7 +15,13 @@ import sys
 from xllm.config import EngineConfig
 from xllm.config.env import engine_environment
 from xllm.errors import UnavailableError
-from xllm.service.instances.handshake import OnProgress, ignore_progress, start_engine
+from xllm.service.instances.handshake import (
+    OnAssets,
+    OnProgress,
+    ignore_assets,
+    ignore_progress,
+    start_engine,
+)
 from xllm.types import ModelCard
 from xllm.wire.messages import Drain
 from xllm.wire.stream import EngineStream, SocketEngineStream
@@ -52,6 +58,7 @@ class LocalEngine:
         cls,
         config: EngineConfig,
         on_progress: OnProgress = ignore_progress,
+        on_assets: OnAssets = ignore_assets,
         *,
         timeout_s: float = 600.0,
         log_level: str = "warning",
@@ -71,7 +78,9 @@ class LocalEngine:
             theirs.close()
         stream = await SocketEngineStream.over(ours)
         try:
-            ready = await start_engine(stream, config, timeout_s=timeout_s, on_progress=on_progress)
+            ready = await start_engine(
+                stream, config, timeout_s=timeout_s, on_progress=on_progress, on_assets=on_assets
+            )
         except BaseException as error:
             await stream.close()
             # StartFailed is on its way out by itself; anything else is stuck and holds memory.

@@ -107,12 +107,14 @@ class Indices:
 
 
 class Matrix:
-    """A packed weight, owned by the library until this handle goes."""
+    """A packed weight, owned by the library until this handle goes. `memory` holds its panels where the
+    library does not, and lives as long."""
 
-    __slots__ = ("_library", "num_in", "num_out", "ptr")
+    __slots__ = ("_library", "_memory", "num_in", "num_out", "ptr")
 
-    def __init__(self, library: ctypes.CDLL, ptr: int) -> None:
+    def __init__(self, library: ctypes.CDLL, ptr: int, memory: object = None) -> None:
         self._library = library
+        self._memory = memory
         self.ptr = ptr
         self.num_out: int = library.xn_matrix_num_out(ptr)
         self.num_in: int = library.xn_matrix_num_in(ptr)

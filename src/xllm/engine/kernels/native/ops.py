@@ -89,6 +89,11 @@ class NativeOps:
         self._deterministic = False
 
     @property
+    def packer(self) -> Packer:
+        """Made the weights of this backend; for who keeps them."""
+        return self._packer
+
+    @property
     def packed_bytes(self) -> Mapping[str, int]:
         """Bytes of packed weights by class."""
         return self._packer.num_bytes

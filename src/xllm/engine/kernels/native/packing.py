@@ -7,12 +7,15 @@ from collections import Counter
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from xllm.codes import GROUP_SIZE, GroupCodes
 from xllm.engine.kernels.native.handles import Matrix
 from xllm.engine.kernels.native.library import CLASS_NAMES, check
 from xllm.engine.kernels.ops import F32
+from xllm.errors import InternalError
 
+Bytes = npt.NDArray[np.uint8]
 WeightClass = Literal["bf16", "w8g32", "w4g32", "w8a8"]
 """What float32 rows can be packed as. A file's codes may make a `w8g16` besides."""
 
@@ -59,8 +62,27 @@ class Packer:
         check(pack(self._pool, own.ctypes.data, scales.ctypes.data, min_ptr, *own.shape, made_ptr))
         return self._counted(made)
 
-    def _counted(self, made: ctypes.c_void_p) -> Matrix:
-        matrix = Matrix(self._lib, made.value or 0)
+    def stored(self, matrix: Matrix) -> tuple[bytes, Bytes]:
+        """(record, a view of the panels) of a matrix, for `over`; the view holds the matrix."""
+        record = ctypes.create_string_buffer(self._lib.xn_matrix_record_bytes())
+        check(self._lib.xn_matrix_record(matrix.ptr, ctypes.addressof(record)))
+        num_bytes = self._lib.xn_matrix_bytes(matrix.ptr)
+        panels = (ctypes.c_uint8 * num_bytes).from_address(self._lib.xn_matrix_panels(matrix.ptr))
+        panels._matrix = matrix
+        return record.raw, np.frombuffer(panels, dtype=np.uint8)
+
+    def over(self, record: bytes, panels: Bytes, shape: tuple[int, ...]) -> Matrix:
+        """A matrix over panels that stay where they are. Raises InternalError for what no packer makes."""
+        made = ctypes.c_void_p()
+        made_ptr, address = ctypes.addressof(made), panels.ctypes.data
+        check(self._lib.xn_matrix_over(record, len(record), address, panels.nbytes, made_ptr))
+        matrix = self._counted(made, panels)
+        if (matrix.num_out, matrix.num_in) != shape:
+            raise InternalError("a stored matrix has another shape than its entry")
+        return matrix
+
+    def _counted(self, made: ctypes.c_void_p, memory: object = None) -> Matrix:
+        matrix = Matrix(self._lib, made.value or 0, memory)
         name = CLASS_NAMES[self._lib.xn_matrix_class(matrix.ptr)]
         self.num_bytes[name] += self._lib.xn_matrix_bytes(matrix.ptr)
         return matrix
