@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kBlockBytes = 512 << 10;  // of activations: half of L2, the rest is for weights
 constexpr int64_t kGatedBytes = 8 << 20;    // of products that wait for their gate where panels do not match
-constexpr int kMaxTileElements = 9 * 3 * kPanel;  // of all tiles, those of 9 rows and 3 panels are largest
+constexpr int kMaxTileElements = 9 * 3 * kPanel;  // of the largest tile of all classes
 
 thread_local Scratch t_rounded, t_product, t_unpacked;
 

@@ -28,6 +28,8 @@ const ClassKernels& kernels_of(const xn_matrix& m) {
     switch (m.weight_class) {
         case XN_W8G32: return kW8G32;
         case XN_W4G32: return kW4G32;
+        case XN_W8G16: return kW8G16;
+        case XN_W8A8: return kW8A8;
         default: return kBf16;
     }
 }

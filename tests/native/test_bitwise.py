@@ -103,7 +103,7 @@ def test_thread_count_changes_no_bit(made, prompt, alone, threads: int) -> None:
     assert_same(driver.prefill(driver.new(prompt), 90).rows(), alone)
 
 
-@pytest.mark.parametrize("weight_class", CLASSES)
+@pytest.mark.parametrize("weight_class", [*CLASSES, "w8a8"])
 @pytest.mark.parametrize("isa", [i.name for i in ISAS])
 def test_every_path_is_exact_within_itself(isa: str, weight_class, prompt) -> None:
     if library(isa) is None:

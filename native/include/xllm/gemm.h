@@ -64,7 +64,7 @@ struct ClassKernels {
     void (*unpack)(const xn_matrix& m, const uint8_t* panel, uint8_t* to);
 };
 
-extern const ClassKernels kBf16, kW8G32, kW4G32;
+extern const ClassKernels kBf16, kW8G32, kW4G32, kW8G16, kW8A8;
 
 const ClassKernels& kernels_of(const xn_matrix& m);
 

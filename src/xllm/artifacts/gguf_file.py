@@ -40,6 +40,8 @@ SUPPORTED_TYPES = frozenset(
         Quant.Q5_0,
         Quant.Q5_1,
         Quant.Q8_0,
+        Quant.Q2_K,
+        Quant.Q3_K,
         Quant.Q4_K,
         Quant.Q5_K,
         Quant.Q6_K,

@@ -24,9 +24,10 @@ class ModelConfig:
     revision: str | None = option(None, "hub revision")
     served_model_name: tuple[str, ...] = option((), "names clients use; default: the model argument")
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = option("auto", "compute and KV dtype")
-    quantize: Literal["auto", "none", "file", "w8g32", "w4g32"] = option(
+    quantize: Literal["auto", "none", "file", "w8g32", "w4g32", "w8a8"] = option(
         "auto",
-        "weights on the native platform; none = bfloat16, file = codes as the file has them",
+        "weights on the native platform; none = bfloat16, file = codes as the file has them, "
+        "w8a8 = fastest, some accuracy lost",
     )
     weights_cache: str = option(
         "auto",
