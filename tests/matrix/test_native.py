@@ -56,7 +56,8 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+# Of the session, above the suite's own `case`: so a model is loaded once per class and not once per target.
+@pytest.fixture(scope="session", params=MODELS)
 def model(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     try:
@@ -66,13 +67,13 @@ def model(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(scope="module", params=CLASSES)
+@pytest.fixture(scope="session", params=CLASSES)
 def quantize(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def built(model: str, quantize: str) -> Iterator[BuiltEngine]:
     made = build_smollm2(model, platform="native", dtype="bfloat16", quantize=quantize)
     yield made
@@ -103,7 +104,7 @@ def make(model: str, quantize: str, num_threads: int, cache: Path) -> ModelRunne
     return PLATFORM.create_runner(source.arch(), source.tensors(), config, 1024, Sampler()).runner
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def runners(model: str, quantize: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runners]:
     cache = tmp_path_factory.mktemp("packed")
     made = Runners(make(model, quantize, 2, cache), make(model, quantize, 1, cache))
@@ -131,7 +132,7 @@ def digests(runner: ModelRunner, counts: Sequence[int], num_others: int = 0) -> 
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def alone(runners: Runners) -> Rows:
     return digests(runners.two_threads, [len(PROMPT)])
 
