@@ -7,6 +7,7 @@ Whole engines run the suite of `tests.exactness`; below it, runners compare the 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,25 +57,21 @@ WAYS = {
 }
 
 
-# Of the session, above the suite's own `case`: so a model is loaded once per class and not once per target.
-@pytest.fixture(scope="session", params=MODELS)
-def model(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
+# One parameter, and of the session, above the suite's own `case`: pytest then loads a model once per class.
+@pytest.fixture(scope="session", params=[(m, c) for m in MODELS for c in CLASSES], ids="-".join)
+def setting(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """(model, weight class)."""
+    model, quantize = request.param
     try:
-        resolve(name, allow_pull=False)
+        resolve(model, allow_pull=False)
     except ConfigError as error:
-        pytest.skip(f"{name} is not on this machine: {error}")
-    return name
-
-
-@pytest.fixture(scope="session", params=CLASSES)
-def quantize(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+        pytest.skip(f"{model} is not on this machine: {error}")
+    return model, quantize
 
 
 @pytest.fixture(scope="session")
-def built(model: str, quantize: str) -> Iterator[BuiltEngine]:
+def built(setting: tuple[str, str]) -> Iterator[BuiltEngine]:
+    model, quantize = setting
     made = build_smollm2(model, platform="native", dtype="bfloat16", quantize=quantize)
     yield made
     made.runner.close()
@@ -105,12 +102,13 @@ def make(model: str, quantize: str, num_threads: int, cache: Path) -> ModelRunne
 
 
 @pytest.fixture(scope="session")
-def runners(model: str, quantize: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runners]:
+def runners(setting: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runners]:
     cache = tmp_path_factory.mktemp("packed")
-    made = Runners(make(model, quantize, 2, cache), make(model, quantize, 1, cache))
+    made = Runners(make(*setting, 2, cache), make(*setting, 1, cache))
     yield made
     made.two_threads.close()
     made.one_thread.close()
+    shutil.rmtree(cache)  # gigabytes together, which pytest would keep for three runs
 
 
 def digests(runner: ModelRunner, counts: Sequence[int], num_others: int = 0) -> Rows:
