@@ -167,10 +167,15 @@ def write(
     text = report.markdown(head, results, todo, done, ceilings, known)
     if ceilings:
         text += f"\n## The native step alone, same run\n\n```\n{native_step.table(ceilings)}\n```\n"
+    places = {".peers": args.peers_dir, "RESULTS": args.out}
+    if args.ceilings:
+        places["CEILINGS"] = args.ceilings
+    text = machine.without_places(text, places)
     print(text)
     args.out.mkdir(parents=True, exist_ok=True)
+    # No with_suffix: the names of models have dots of their own.
     stem = args.out / f"compare-{args.model.rpartition('/')[2]}-{head['date'][:19].replace(':', '')}"
-    stem.with_suffix(".md").write_text(text, encoding="utf-8")
+    Path(f"{stem}.md").write_text(text, encoding="utf-8")
     raw: dict[str, Any] = {
         "head": head,
         "rounds": done,
@@ -180,7 +185,8 @@ def write(
         "perplexity": known,
         "ceilings": ceilings,
     }
-    stem.with_suffix(".json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    raw_text = machine.without_places(json.dumps(raw, indent=1), places)
+    Path(f"{stem}.json").write_text(raw_text + "\n", encoding="utf-8")
     print(f"written: {stem}.md and .json")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,15 @@ def _commit() -> str:
     # Results of earlier runs are no change of what is measured.
     changed = git("status", "--porcelain", "--", ":/", ":(exclude,top)benchmarks/results")
     return f"{commit} with uncommitted changes" if changed else commit
+
+
+def without_places(text: str, places: Mapping[str, Path]) -> str:
+    """Results are committed: folders of this machine become the names that `make` gives them."""
+    for name, path in places.items():
+        text = text.replace(str(path.resolve()), name)
+        if path.is_absolute():
+            text = text.replace(str(path), name)
+    return text
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,7 +154,11 @@ def main() -> int:
         "scores": [asdict(row) for row in scores],
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    result_path(args.out, args.model).write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    places = {".peers": args.weights_dir.parent, "RESULTS": args.out}
+    if args.reference_cache:
+        places["CACHE"] = args.reference_cache
+    text = machine.without_places(json.dumps(raw, indent=1), places)
+    result_path(args.out, args.model).write_text(text + "\n", encoding="utf-8")
     return 0
 
 

@@ -255,14 +255,17 @@ def of_engine(entry: Entry, context: Context, args: argparse.Namespace, say: Say
 
 def write(args: argparse.Namespace, head: dict[str, str], columns: Sequence[Column]) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
+    # No with_suffix: the names of models have dots of their own.
     stem = args.out / f"rates-{args.model.rpartition('/')[2]}-{head['date'][:19].replace(':', '')}"
     text = markdown(head, columns, perplexity.known(args.out, args.model), args.limits)
-    stem.with_suffix(".md").write_text(text, encoding="utf-8")
+    places = {".peers": args.peers_dir, "RESULTS": args.out}
+    Path(f"{stem}.md").write_text(machine.without_places(text, places), encoding="utf-8")
     raw: dict[str, Any] = {
         "head": head,
         "columns": [asdict(column) | {"name": column.entry.name} for column in columns],
     }
-    stem.with_suffix(".json").write_text(json.dumps(raw) + "\n", encoding="utf-8")
+    raw_text = machine.without_places(json.dumps(raw), places)
+    Path(f"{stem}.json").write_text(raw_text + "\n", encoding="utf-8")
     print(f"written: {stem}.md and .json", file=sys.stderr)
 
 

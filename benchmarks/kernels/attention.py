@@ -181,7 +181,8 @@ def main() -> None:
     kinds = options.kv.split(",")
     variants = [(k, lib, pool) for lib, pool in zip(libraries, pools, strict=True) for k in kinds]
     print(
-        f"{options.threads} threads, load {os.getloadavg()[0]:.1f}; best milliseconds of a step, all layers; KV {options.kv}"
+        f"{options.threads} threads, load {os.getloadavg()[0]:.1f}; KV {options.kv}; "
+        "best milliseconds of a step, all layers"
     )
     for name in filter(None, options.models.split(",")):
         for shape in options.shapes.split(","):

@@ -22,7 +22,7 @@ extern "C" {
 enum { XN_OK = 0, XN_ERR_MEMORY = 1, XN_ERR_ARGUMENT = 2, XN_STOPPED = 3 };
 
 // Values are stored in files: do not renumber.
-enum { XN_BF16 = 1, XN_W8G32 = 2, XN_W4G32 = 3 };
+enum { XN_BF16 = 1, XN_W8G32 = 2, XN_W4G32 = 3, XN_W8G16 = 4, XN_W8A8 = 5 };
 
 XN_EXPORT int32_t xn_abi_version(void);
 XN_EXPORT const char* xn_isa(void);  // "avx512bf16", "avx2", "portable"
@@ -60,6 +60,19 @@ XN_EXPORT int32_t xn_pack_w8g32(
 XN_EXPORT int32_t xn_pack_w4g32(
     xn_pool* pool, const uint8_t* codes, const float* scales, const float* mins, int64_t num_out,
     int64_t num_in, xn_matrix** made);
+
+// As W8 above with scales and mins (num_out, num_in/16); activations are 8-bit per row and group of 16.
+XN_EXPORT int32_t xn_pack_w8g16(
+    xn_pool* pool, const int8_t* codes, const float* scales, const float* mins, int64_t num_out,
+    int64_t num_in, xn_matrix** made);
+
+// value = scale of the output channel · code; activations are 8-bit per row. num_in at most 65,536.
+XN_EXPORT int32_t xn_pack_w8a8(
+    xn_pool* pool, const int8_t* codes, const float* scales, int64_t num_out, int64_t num_in,
+    xn_matrix** made);
+// From float32 rows, symmetric: scale = max|w| of the channel / 127.
+XN_EXPORT int32_t xn_quantize_w8a8(
+    xn_pool* pool, const float* rows, int64_t num_out, int64_t num_in, xn_matrix** made);
 
 // From float32 rows: symmetric 8-bit (scale = max|w| / 127), 4-bit with min (scale = (max − min) / 15).
 XN_EXPORT int32_t xn_quantize_w8g32(
@@ -119,6 +132,14 @@ XN_EXPORT int32_t xn_rms_norm_rounded(
 XN_EXPORT int32_t xn_linear_fused(
     xn_pool* pool, const xn_matrix* matrix, const float* x, const uint8_t* rounded, int64_t rows, int64_t ldx,
     const float* bias, int32_t epilogue, const float* residual, int64_t ldr, float* y, int64_t ldy);
+
+// ---- limits.cpp ----------------------------------------------------------------------------------------
+
+// For benchmarks, which time them: `rounds` rounds of the class's multiplications from registers alone, on
+// the caller's thread, returning the operations done (0 where this path has no such instruction); and one
+// read of all the memory by the pool, returning a digest of it.
+XN_EXPORT int64_t xn_multiply(int32_t weight_class, int64_t rounds);
+XN_EXPORT int64_t xn_read_memory(xn_pool* pool, const uint8_t* from, int64_t bytes);
 
 // ---- embed.cpp, elementwise.cpp (N2) -------------------------------------------------------------------
 

@@ -9,19 +9,10 @@ namespace {
 
 #if defined(__AVX512VNNI__)
 
-template <int Third, int Offset, int NR>
-XN_INLINE void multiply(const uint8_t* base, int64_t stride, const __m512i* w, __m512i* acc) {
-    __m512i t;
-    if constexpr (Third == 0)
-        asm volatile("vpbroadcastd %c[o](%[b]), %[t]" : [t] "=v"(t) : [b] "r"(base), [o] "i"(Offset));
-    else if constexpr (Third == 1)
-        asm volatile("vpbroadcastd %c[o](%[b],%[s]), %[t]"
-                     : [t] "=v"(t) : [b] "r"(base), [s] "r"(stride), [o] "i"(Offset));
-    else
-        asm volatile("vpbroadcastd %c[o](%[b],%[s],2), %[t]"
-                     : [t] "=v"(t) : [b] "r"(base), [s] "r"(stride), [o] "i"(Offset));
+template <int NR>
+XN_INLINE void multiply(__m512i x, const __m512i* w, __m512i* acc) {
     for_each<NR>([&](auto n) XN_LAMBDA {
-        asm volatile("vpdpbusd %[t], %[w], %[a]" : [a] "+v"(acc[n]) : [t] "v"(t), [w] "v"(w[n]));
+        asm volatile("vpdpbusd %[x], %[w], %[a]" : [a] "+v"(acc[n]) : [x] "v"(x), [w] "v"(w[n]));
     });
 }
 
@@ -30,167 +21,236 @@ XN_INLINE __m512 load_scales(const uint8_t* at, bool half) {
                 : _mm512_loadu_ps(reinterpret_cast<const float*>(at));
 }
 
+XN_INLINE void split(__m512i both, __m512i& low, __m512i& high) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    low = _mm512_and_si512(both, nibble);
+    high = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+}
+
+constexpr int max_rows(int panels) { return panels == 4 ? 2 : panels == 3 ? 4 : 6; }
+
 template <int MR, int NR, bool Four>
 void tile(const Tile& tile) {
     constexpr int kBases = (MR + 2) / 3;
     const xn_matrix& matrix = *tile.matrix;
-    const int64_t stride = tile.x_stride, panel_bytes = matrix.panel_bytes;
-    const int64_t scale_row = matrix.scale_row_bytes();
-    const bool half = matrix.half_scales, has_mins = matrix.has_mins;
-    const __mmask16 has_zero = matrix.zero == 0 ? 0 : 0xffff;
-    const int64_t start_at = matrix.zero == 8 ? offsetof(GroupInfo, start8) : offsetof(GroupInfo, start128);
+    const int64_t stride = tile.x_stride, w_stride = tile.w_stride, bytes = tile.ahead_bytes;
+    const bool half = tile.half;
+    const int64_t scale_row = kPanel * (half ? 2 : 4);
+    const int64_t start_at = matrix.zero == 128  ? offsetof(GroupInfo, start128)
+                             : matrix.zero == 8 ? offsetof(GroupInfo, start8)
+                                                : 0;
     __m512 acc[MR][NR];
     for_each<MR>([&](auto m) XN_LAMBDA {
         for_each<NR>([&](auto n) XN_LAMBDA { acc[m][n] = _mm512_setzero_ps(); });
     });
-    const uint8_t* b[kBases];
-    for_each<kBases>([&](auto i) XN_LAMBDA { b[i] = tile.x + 3 * i * stride; });
-    const uint8_t* w = tile.w;
-    const uint8_t* next = w + tile.prefetch;
-    const uint8_t* scales = tile.w + matrix.scales_at;
-    const int64_t mins_ahead = matrix.mins_at - matrix.scales_at;
-    const GroupInfo* info = reinterpret_cast<const GroupInfo*>(tile.x + matrix.padded_in);
-    const auto info_of = [&](int m) XN_LAMBDA {
-        return reinterpret_cast<const GroupInfo*>(reinterpret_cast<const uint8_t*>(info) + m * stride);
+    const uint8_t *b[kBases], *infos[kBases];
+    for_each<kBases>([&](auto i) XN_LAMBDA {
+        b[i] = tile.x + 3 * i * stride;
+        infos[i] = b[i] + matrix.padded_in;
+    });
+    const auto info = [&](auto m, int64_t field) XN_LAMBDA {
+        return infos[m / 3] + m % 3 * stride + field;
     };
-    for (int64_t group = matrix.num_groups(); group > 0; --group, ++info, scales += scale_row) {
-        keep_apart(next);
+    const auto info_float = [&](auto m, int64_t field) XN_LAMBDA {
+        return _mm512_set1_ps(*reinterpret_cast<const float*>(info(m, field)));
+    };
+    const uint8_t *w = tile.w, *ahead = tile.ahead, *scales = tile.scales, *mins = tile.mins;
+    for (int64_t group = matrix.num_groups(); group > 0; --group) {
+        draw(ahead, bytes);
         __m512i dot[MR][NR];
-        for_each<MR>([&](auto m) XN_LAMBDA {
-            const __m512i start = _mm512_maskz_set1_epi32(has_zero, *reinterpret_cast<const int32_t*>(
-                reinterpret_cast<const uint8_t*>(info_of(m)) + start_at));
-            for_each<NR>([&](auto n) XN_LAMBDA { dot[m][n] = start; });
-        });
+        if (start_at != 0)
+            for_each<MR>([&](auto m) XN_LAMBDA {
+                const __m512i start = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(info(m, start_at)));
+                for_each<NR>([&](auto n) XN_LAMBDA { dot[m][n] = start; });
+            });
+        else
+            for_each<MR>([&](auto m) XN_LAMBDA {
+                for_each<NR>([&](auto n) XN_LAMBDA { dot[m][n] = _mm512_setzero_si512(); });
+            });
         if constexpr (Four) {
-            const __m512i nibble = _mm512_set1_epi8(15);
             for_each<4>([&](auto q) XN_LAMBDA {
                 __m512i low[NR], high[NR];
                 for_each<NR>([&](auto n) XN_LAMBDA {
-                    const uint8_t* at = w + n * panel_bytes + 64 * q;
-                    const __m512i both = _mm512_load_si512(at);
-                    _mm_prefetch(next + n * panel_bytes + 64 * q, _MM_HINT_T1);
-                    low[n] = _mm512_and_si512(both, nibble);
-                    high[n] = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+                    split(_mm512_load_si512(w + n * w_stride + 64 * q), low[n], high[n]);
                 });
                 for_each<MR>([&](auto m) XN_LAMBDA {
-                    multiply<m % 3, 4 * q, NR>(b[m / 3], stride, low, dot[m]);
+                    multiply<NR>(broadcast<m % 3, 4 * q>(b[m / 3], stride), low, dot[m]);
                 });
                 for_each<MR>([&](auto m) XN_LAMBDA {
-                    multiply<m % 3, 16 + 4 * q, NR>(b[m / 3], stride, high, dot[m]);
+                    multiply<NR>(broadcast<m % 3, 16 + 4 * q>(b[m / 3], stride), high, dot[m]);
                 });
             });
             w += 256;
-            next += 256;
         } else {
             for_each<8>([&](auto q) XN_LAMBDA {
                 __m512i lanes[NR];
                 for_each<NR>([&](auto n) XN_LAMBDA {
-                    const uint8_t* at = w + n * panel_bytes + 64 * q;
-                    lanes[n] = _mm512_load_si512(at);
-                    _mm_prefetch(next + n * panel_bytes + 64 * q, _MM_HINT_T1);
+                    lanes[n] = _mm512_load_si512(w + n * w_stride + 64 * q);
                 });
                 for_each<MR>([&](auto m) XN_LAMBDA {
-                    multiply<m % 3, 4 * q, NR>(b[m / 3], stride, lanes, dot[m]);
+                    multiply<NR>(broadcast<m % 3, 4 * q>(b[m / 3], stride), lanes, dot[m]);
                 });
             });
             w += 512;
-            next += 512;
         }
-        for_each<kBases>([&](auto i) XN_LAMBDA { b[i] += XN_GROUP; });
-        for_each<NR>([&](auto n) XN_LAMBDA {
-            const __m512 scale = load_scales(scales + n * panel_bytes, half);
-            for_each<MR>([&](auto m) XN_LAMBDA {
-                const __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[m][n]), scale);
-                acc[m][n] = _mm512_fmadd_ps(part, _mm512_set1_ps(info_of(m)->scale), acc[m][n]);
+        __m512 scale[NR];
+        for_each<NR>([&](auto n) XN_LAMBDA { scale[n] = load_scales(scales + n * w_stride, half); });
+        for_each<MR>([&](auto m) XN_LAMBDA {
+            const __m512 own = info_float(m, offsetof(GroupInfo, scale));
+            for_each<NR>([&](auto n) XN_LAMBDA {
+                const __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[m][n]), scale[n]);
+                acc[m][n] = _mm512_fmadd_ps(part, own, acc[m][n]);
             });
         });
-        if (has_mins)
-            for_each<NR>([&](auto n) XN_LAMBDA {
-                const __m512 min = load_scales(scales + n * panel_bytes + mins_ahead, half);
-                for_each<MR>([&](auto m) XN_LAMBDA {
-                    acc[m][n] = _mm512_fmadd_ps(min, _mm512_set1_ps(info_of(m)->sum), acc[m][n]);
-                });
+        if (mins != nullptr) {
+            __m512 min[NR];
+            for_each<NR>([&](auto n) XN_LAMBDA { min[n] = load_scales(mins + n * w_stride, half); });
+            for_each<MR>([&](auto m) XN_LAMBDA {
+                const __m512 sum = info_float(m, offsetof(GroupInfo, sum));
+                for_each<NR>([&](auto n) XN_LAMBDA { acc[m][n] = _mm512_fmadd_ps(min[n], sum, acc[m][n]); });
             });
+            mins += scale_row;
+        }
+        scales += scale_row;
+        for_each<kBases>([&](auto i) XN_LAMBDA {
+            b[i] += XN_GROUP;
+            infos[i] += sizeof(GroupInfo);
+        });
     }
     for_each<MR>([&](auto m) XN_LAMBDA { store_row<NR>(tile, m, acc[m]); });
 }
 
 #else
 
-Lanes load_scales(const uint8_t* at, bool half) {
-    Lanes out;
+constexpr int max_rows(int) { return 4; }
+
+void unpack_scales(const uint8_t* from, bool half, uint8_t* to) {
     if (!half) {
-        memcpy(&out, at, 64);
-        return out;
+        memcpy(to, from, 64);
+        return;
     }
+#if defined(__F16C__)
+    for (int half8 = 0; half8 < 2; ++half8) {
+        const auto* at = reinterpret_cast<const __m128i*>(from) + half8;
+        _mm256_storeu_ps(reinterpret_cast<float*>(to) + 8 * half8, _mm256_cvtph_ps(_mm_loadu_si128(at)));
+    }
+#else
     for (int i = 0; i < 16; ++i) {
         uint16_t bits;
-        memcpy(&bits, at + 2 * i, 2);
-        out[i] = half_value(bits);
+        memcpy(&bits, from + 2 * i, 2);
+        const float value = half_value(bits);
+        memcpy(to + 4 * i, &value, 4);
     }
-    return out;
+#endif
 }
 
 // The 32 codes of a group for 16 channels as signed words: [k/2][channel][2].
 template <bool Four>
-void widen(const uint8_t* w, int16_t* wide) {
-    for (int q = 0; q < 8; ++q)
-        for (int n = 0; n < 16; ++n)
-            for (int i = 0; i < 4; ++i) {
-                const uint8_t byte = Four ? w[64 * (q % 4) + 4 * n + i] : w[64 * q + 4 * n + i];
-                const int code = !Four ? byte : q < 4 ? byte & 15 : byte >> 4;
-                wide[((2 * q + i / 2) * 16 + n) * 2 + i % 2] = static_cast<int16_t>(code);
-            }
+void unpack_group(const uint8_t* from, uint8_t* to) {
+    const auto put = [to](int q, Words quads) {
+        const Words first = (quads & 0xffu) | (quads & 0xff00u) << 8;
+        const Words second = (quads >> 16 & 0xffu) | (quads >> 8 & 0xff0000u);
+        memcpy(to + 128 * q, &first, 64);
+        memcpy(to + 128 * q + 64, &second, 64);
+    };
+    for (int q = 0; q < (Four ? 4 : 8); ++q) {
+        Words bytes;
+        memcpy(&bytes, from + 64 * q, 64);
+        if (!Four) {
+            put(q, bytes);
+            continue;
+        }
+        put(q, bytes & 0x0f0f0f0fu);
+        put(q + 4, bytes >> 4 & 0x0f0f0f0fu);
+    }
 }
 
-Integers group_sums(const int8_t* x, const int16_t* wide, int32_t start) {
-    int32_t sums[16];
-    for (int n = 0; n < 16; ++n) sums[n] = start;
+// Σ over a group of codes of MR rows × a panel's, added to `dot`.
+template <int MR>
+void add_group(const uint8_t* const* rows, const int16_t* wide, Integers* dot) {
 #if defined(__AVX2__)
-    __m256i low = _mm256_set1_epi32(start), high = low;
+    __m256i low[MR], high[MR];
+    for_each<MR>([&](auto m) XN_LAMBDA {
+        memcpy(&low[m], &dot[m], 32);
+        memcpy(&high[m], reinterpret_cast<const char*>(&dot[m]) + 32, 32);
+    });
     for (int k = 0; k < 16; ++k) {
-        const uint32_t pair = static_cast<uint16_t>(int16_t{x[2 * k]}) |
-                              uint32_t{static_cast<uint16_t>(int16_t{x[2 * k + 1]})} << 16;
-        const __m256i both = _mm256_set1_epi32(static_cast<int32_t>(pair));
         const __m256i* w = reinterpret_cast<const __m256i*>(wide + 32 * k);
-        low = _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_loadu_si256(w), both));
-        high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_loadu_si256(w + 1), both));
+        const __m256i first = _mm256_loadu_si256(w), second = _mm256_loadu_si256(w + 1);
+        for_each<MR>([&](auto m) XN_LAMBDA {
+            int32_t pair;
+            memcpy(&pair, rows[m] + 4 * k, 4);
+            const __m256i both = _mm256_set1_epi32(pair);
+            low[m] = _mm256_add_epi32(low[m], _mm256_madd_epi16(first, both));
+            high[m] = _mm256_add_epi32(high[m], _mm256_madd_epi16(second, both));
+        });
     }
-    memcpy(sums, &low, 32);
-    memcpy(sums + 8, &high, 32);
+    for_each<MR>([&](auto m) XN_LAMBDA {
+        memcpy(&dot[m], &low[m], 32);
+        memcpy(reinterpret_cast<char*>(&dot[m]) + 32, &high[m], 32);
+    });
 #else
-    for (int k = 0; k < 16; ++k)
-        for (int n = 0; n < 16; ++n)
-            sums[n] += x[2 * k] * wide[32 * k + 2 * n] + x[2 * k + 1] * wide[32 * k + 2 * n + 1];
+    for (int m = 0; m < MR; ++m) {
+        int16_t x[XN_GROUP];
+        memcpy(x, rows[m], sizeof x);
+        for (int k = 0; k < 16; ++k)
+            for (int n = 0; n < 16; ++n)
+                dot[m][n] += x[2 * k] * wide[32 * k + 2 * n] + x[2 * k + 1] * wide[32 * k + 2 * n + 1];
+    }
 #endif
-    Integers out;
-    memcpy(&out, sums, 64);
+}
+
+Lanes lanes_at(const uint8_t* at) {
+    Lanes out;
+    memcpy(&out, at, 64);
     return out;
 }
 
-template <int MR, int NR, bool Four>
+// Reads panels as `unpack` leaves them.
+template <int MR, int NR, bool>
 void tile(const Tile& tile) {
     const xn_matrix& matrix = *tile.matrix;
     for (int n = 0; n < NR; ++n) {
         Lanes acc[MR] = {};
-        const uint8_t* panel = tile.w + n * matrix.panel_bytes;
+        const uint8_t* w = tile.w + n * tile.w_stride;
         for (int64_t g = 0; g < matrix.num_groups(); ++g) {
-            alignas(64) int16_t wide[XN_GROUP * 16];
-            widen<Four>(panel + g * (Four ? 256 : 512), wide);
-            const uint8_t* at = panel + matrix.scales_at + g * matrix.scale_row_bytes();
-            const Lanes scale = load_scales(at, matrix.half_scales);
-            Lanes min{};
-            if (matrix.has_mins) min = load_scales(at + matrix.mins_at - matrix.scales_at, matrix.half_scales);
+            const uint8_t* rows[MR];
+            const GroupInfo* infos[MR];
+            Integers dot[MR];
             for (int m = 0; m < MR; ++m) {
                 const uint8_t* row = tile.x + m * tile.x_stride;
-                const GroupInfo& info = reinterpret_cast<const GroupInfo*>(row + matrix.padded_in)[g];
-                const auto* codes = reinterpret_cast<const int8_t*>(row) + g * XN_GROUP;
-                const Integers dot = group_sums(codes, wide, info.start(matrix.zero));
-                acc[m] = multiply_add(__builtin_convertvector(dot, Lanes) * scale, info.scale, acc[m]);
-                if (matrix.has_mins) acc[m] = multiply_add(min, info.sum, acc[m]);
+                rows[m] = row + g * XN_GROUP * kGroupCodeBytes;
+                infos[m] = reinterpret_cast<const GroupInfo*>(row + matrix.padded_in * kGroupCodeBytes) + g;
+                dot[m] = Integers{} + infos[m]->start(matrix.zero);
             }
+            add_group<MR>(rows, reinterpret_cast<const int16_t*>(w + g * XN_GROUP * kPanel * kGroupCodeBytes), dot);
+            const Lanes scale = lanes_at(tile.scales + n * tile.w_stride + g * 64);
+            for (int m = 0; m < MR; ++m)
+                acc[m] = multiply_add(
+                    __builtin_convertvector(dot[m], Lanes) * scale, infos[m]->scale, acc[m]);
+            if (tile.mins == nullptr) continue;
+            const Lanes min = lanes_at(tile.mins + n * tile.w_stride + g * 64);
+            for (int m = 0; m < MR; ++m) acc[m] = multiply_add(min, infos[m]->sum, acc[m]);
         }
         for (int m = 0; m < MR; ++m) store_panel(tile, m, n, acc[m]);
+    }
+}
+
+// Codes, scales, mins: the order of a panel, with wider codes and float32 scales.
+int64_t unpacked_bytes(const xn_matrix& m) {
+    return kPanel * (m.padded_in * kGroupCodeBytes + m.num_groups() * 4 * (m.has_mins ? 2 : 1));
+}
+
+template <bool Four>
+void unpack(const xn_matrix& m, const uint8_t* panel, uint8_t* to) {
+    constexpr int64_t kStep = XN_GROUP * kPanel;
+    uint8_t* scales = to + m.num_groups() * kStep * kGroupCodeBytes;
+    uint8_t* mins = scales + m.num_groups() * 64;
+    for (int64_t g = 0; g < m.num_groups(); ++g) {
+        unpack_group<Four>(panel + g * (Four ? kStep / 2 : kStep), to + g * kStep * kGroupCodeBytes);
+        const int64_t at = g * m.scale_row_bytes();
+        unpack_scales(panel + m.scales_at + at, m.half_scales, scales + 64 * g);
+        if (m.has_mins) unpack_scales(panel + m.mins_at + at, m.half_scales, mins + 64 * g);
     }
 }
 
@@ -205,17 +265,40 @@ TileFn pick(int rows, Ints<Rows...>) {
 template <bool Four>
 TileFn pick_panels(int rows, int panels) {
     switch (panels) {
-        case 1: return pick<1, Four>(rows, Count<max_group_rows(1)>{});
-        case 2: return pick<2, Four>(rows, Count<max_group_rows(2)>{});
-        case 3: return pick<3, Four>(rows, Count<max_group_rows(3)>{});
-        default: return pick<4, Four>(rows, Count<max_group_rows(4)>{});
+        case 1: return pick<1, Four>(rows, Count<max_rows(1)>{});
+        case 2: return pick<2, Four>(rows, Count<max_rows(2)>{});
+        case 3: return pick<3, Four>(rows, Count<max_rows(3)>{});
+        default: return pick<4, Four>(rows, Count<max_rows(4)>{});
     }
+}
+
+int64_t row_bytes(const xn_matrix& m) {
+    return m.padded_in * kGroupCodeBytes + m.num_groups() * static_cast<int64_t>(sizeof(GroupInfo));
+}
+
+void round_row(const xn_matrix& m, const float* x, uint8_t* row) {
+    to_group_row(x, m.num_in, m.padded_in, row);
+}
+
+constexpr ClassKernels kernels(bool four) {
+    return {
+        row_bytes,
+        round_row,
+        [](int panels) { return max_rows(panels); },
+        four ? pick_panels<true> : pick_panels<false>,
+        XN_GROUP,
+#if defined(__AVX512VNNI__)
+        nullptr,
+        nullptr,
+#else
+        unpacked_bytes,
+        four ? unpack<true> : unpack<false>,
+#endif
+    };
 }
 
 }  // namespace
 
-TileFn group_tile(int rows, int panels, bool four_bits) {
-    return four_bits ? pick_panels<true>(rows, panels) : pick_panels<false>(rows, panels);
-}
+const ClassKernels kW8G32 = kernels(false), kW4G32 = kernels(true);
 
 }  // namespace xn

@@ -1,6 +1,7 @@
 // xn_linear and its fused forms: choose a tile shape, share the tiles among the threads, finish the product.
 // Shapes and sharing decide speed only; see gemm.h for why they cannot decide a bit of the result.
 #include <algorithm>
+#include <atomic>
 
 #include "xllm/formulas.h"
 #include "xllm/gemm.h"
@@ -13,9 +14,9 @@ namespace {
 
 constexpr int64_t kBlockBytes = 512 << 10;  // of activations: half of L2, the rest is for weights
 constexpr int64_t kGatedBytes = 8 << 20;    // of products that wait for their gate where panels do not match
-constexpr int kMaxTileElements = 9 * 3 * kPanel;  // of all tiles, those of 9 rows and 3 panels are largest
+constexpr int kMaxTileElements = 9 * 3 * kPanel;  // of the largest tile of all classes
 
-thread_local Scratch t_rounded, t_product;
+thread_local Scratch t_rounded, t_product, t_unpacked;
 
 struct Shape {
     int panels;           // of a tile
@@ -70,58 +71,80 @@ struct Linear {
 
     bool gated() const { return half != 0; }
 
-    void tile_at(Tile& tile, int64_t panel, int panels) const {
-        tile.w = m.panel(panel);
-        tile.bias = bias == nullptr ? nullptr : bias + panel * kPanel;
-        tile.columns = std::min(m.num_out - panel * kPanel, panels * kPanel);
-    }
-
-    // All tiles of one group of panels with one block of rows.
-    void item(int64_t index) const {
+    // All tiles of one group of panels with one block of rows; false without memory.
+    bool item(int64_t index) const {
         const int64_t group = index % shape.num_groups, block = index / shape.num_groups;
         const int64_t panel = group * shape.panels, end = gated() ? half : m.num_panels;
         const int panels = static_cast<int>(std::min<int64_t>(shape.panels, end - panel));
         const int64_t start = block * shape.block, count = std::min(shape.block, rows - start);
         const int64_t most = kernels.max_rows(panels), num_tiles = (count + most - 1) / most;
+        const int64_t unpacked = kernels.unpack == nullptr ? 0 : round_up(kernels.unpacked_bytes(m), 64);
+        uint8_t* memory = t_unpacked.at_least(unpacked * panels * (gated() ? 2 : 1));
+        if (unpacked != 0 && memory == nullptr) return false;
+        Tile one = tile_of(panel, panels, memory, unpacked), two{};
+        if (gated()) two = tile_of(panel + half, panels, memory + unpacked * panels, unpacked);
+        for (int64_t t = 0, row = start; t < num_tiles; ++t) {
+            const int64_t here = (start + count - row + num_tiles - t - 1) / (num_tiles - t);
+            const TileFn fn = kernels.tile(static_cast<int>(here), panels);
+            draw_share(one, panel, panels, t, num_tiles);
+            one.x = two.x = x + row * x_stride;
+            if (gated()) {
+                draw_share(two, panel + half, panels, t, num_tiles);
+                gated_tile(one, two, fn, panel, panels, row, here);
+            } else {
+                one.y = y + row * ldy + panel * kPanel;
+                if (residual != nullptr) one.residual = residual + row * ldr + panel * kPanel;
+                fn(one);
+            }
+            row += here;
+        }
+        return true;
+    }
+
+    Tile tile_of(int64_t panel, int panels, uint8_t* memory, int64_t unpacked) const {
         Tile tile{};
         tile.matrix = &m;
         tile.x_stride = x_stride;
-        // One row streams weights faster than it computes: look a little ahead. More rows leave time to
-        // draw in what this thread most likely does next, while the first tile runs.
-        tile.prefetch = rows == 1 ? 1024 : shape.panels * threads * m.panel_bytes;
-        for (int64_t t = 0, row = start; t < num_tiles; ++t) {
-            const int64_t here = (start + count - row + num_tiles - t - 1) / (num_tiles - t);
-            const TileFn fn = kernels.tile(m, static_cast<int>(here), panels);
-            tile.x = x + row * x_stride;
-            if (gated()) gated_tile(tile, fn, panel, panels, row, here);
-            else plain_tile(tile, fn, panel, panels, row);
-            tile.prefetch = 0;
-            row += here;
+        tile.ldy = ldy;
+        tile.ldr = ldr;
+        tile.bias = bias == nullptr ? nullptr : bias + panel * kPanel;
+        tile.columns = std::min(m.num_out - panel * kPanel, panels * kPanel);
+        tile.half = m.half_scales;
+        tile.w = m.panel(panel);
+        tile.w_stride = m.panel_bytes;
+        tile.scales = tile.w + m.scales_at;
+        if (m.has_mins) tile.mins = tile.w + m.mins_at;
+        if (unpacked != 0) {
+            for (int p = 0; p < panels; ++p) kernels.unpack(m, m.panel(panel + p), memory + p * unpacked);
+            tile.half = false;
+            tile.w = memory;
+            tile.w_stride = unpacked;
+            tile.scales = memory + m.padded_in * kPanel * kGroupCodeBytes;
+            if (m.has_mins) tile.mins = tile.scales + m.num_groups() * kPanel * 4;
         }
+        return tile;
     }
 
-    void plain_tile(Tile& tile, TileFn fn, int64_t panel, int panels, int64_t row) const {
-        tile_at(tile, panel, panels);
-        tile.y = y + row * ldy + panel * kPanel;
-        tile.ldy = ldy;
-        if (residual != nullptr) {
-            tile.residual = residual + row * ldr + panel * kPanel;
-            tile.ldr = ldr;
-        }
-        fn(tile);
+    // Tile t of an item draws in its share of what this thread most likely reads next, so that memory is
+    // never idle while the tiles compute.
+    void draw_share(Tile& tile, int64_t panel, int panels, int64_t t, int64_t num_tiles) const {
+        const int64_t steps = m.padded_in / kernels.step, total = panels * m.panel_bytes;
+        const int64_t bytes = round_up((total + num_tiles * steps - 1) / (num_tiles * steps), 64);
+        const int64_t first = t * bytes * steps;
+        tile.ahead = m.panel(panel + shape.panels * threads) + first;
+        tile.ahead_bytes = first < total ? bytes : 0;
     }
 
     // Gates and ups of the same channels, side by side in L1 until both are there.
-    void gated_tile(Tile& tile, TileFn fn, int64_t panel, int panels, int64_t row, int64_t count) const {
+    void gated_tile(
+        Tile& one, Tile& two, TileFn fn, int64_t panel, int panels, int64_t row, int64_t count) const {
         alignas(64) float gates[kMaxTileElements], ups[kMaxTileElements];
         const int64_t width = panels * kPanel;
-        tile.ldy = width;
-        tile.y = gates;
-        tile_at(tile, panel, panels);
-        fn(tile);
-        tile.y = ups;
-        tile_at(tile, panel + half, panels);
-        fn(tile);
+        one.ldy = two.ldy = width;
+        one.y = gates;
+        two.y = ups;
+        fn(one);
+        fn(two);
         for (int64_t r = 0; r < count; ++r) {
             float* to = y + (row + r) * ldy + panel * kPanel;
             gate(gates + r * width, ups + r * width, width, to);
@@ -133,9 +156,13 @@ struct Linear {
         else gate_row(g, u, width, to, [](vf v) { return gelu_tanh(v); });
     }
 
-    void run(xn_pool* pool) {
+    int32_t run(xn_pool* pool) {
         shape = choose(kernels, gated() ? half : m.num_panels, rows, x_stride, threads);
-        parallel(pool, shape.num_groups * shape.num_blocks, [&](int64_t index, int32_t) { item(index); });
+        std::atomic<bool> failed{false};
+        parallel(pool, shape.num_groups * shape.num_blocks, [&](int64_t index, int32_t) {
+            if (!item(index)) failed.store(true);
+        });
+        return failed.load() ? XN_ERR_MEMORY : XN_OK;
     }
 
     // Where gates and ups do not share panel borders: whole products first, some rows at a time.
@@ -150,7 +177,7 @@ struct Linear {
             part.rows = std::min(piece, rows - row);
             part.y = product;
             part.ldy = m.num_out;
-            part.run(pool);
+            if (part.run(pool) != XN_OK) return XN_ERR_MEMORY;
             for_rows(pool, part.rows, 4 * width, [&](int64_t first, int64_t last) {
                 for (int64_t r = first; r < last; ++r)
                     gate(product + r * m.num_out, product + r * m.num_out + width, width, y + (row + r) * ldy);
@@ -196,9 +223,7 @@ int32_t xn_linear_fused(
         m, kernels_of(m), rounded, stride, rows, bias, epilogue,
         epilogue == XN_ADD_RESIDUAL ? residual : nullptr, ldr, y, ldy, xn_pool_size(pool),
         matched ? m.num_panels / 2 : 0, {}};
-    if (gated && !matched) return linear.run_unmatched(pool);
-    linear.run(pool);
-    return XN_OK;
+    return gated && !matched ? linear.run_unmatched(pool) : linear.run(pool);
 }
 
 int32_t xn_linear(

@@ -22,25 +22,17 @@ void for_inputs(xn_pool* pool, const xn_matrix& m, int64_t rows, One&& one) {
     });
 }
 
-const ClassKernels kBf16 = {
-    [](const xn_matrix& m) { return m.padded_in * 2; },
-    [](const xn_matrix& m, const float* x, uint8_t* row) { to_bf16_row(x, m.num_in, m.padded_in, row); },
-    [](int panels) { return max_bf16_rows(panels); },
-    [](const xn_matrix&, int rows, int panels) { return bf16_tile(rows, panels); },
-};
-
-const ClassKernels kGroup = {
-    [](const xn_matrix& m) { return m.padded_in + m.num_groups() * static_cast<int64_t>(sizeof(GroupInfo)); },
-    [](const xn_matrix& m, const float* x, uint8_t* row) { to_group_row(x, m.num_in, m.padded_in, row); },
-    [](int panels) { return max_group_rows(panels); },
-    [](const xn_matrix& m, int rows, int panels) {
-        return group_tile(rows, panels, m.weight_class == XN_W4G32);
-    },
-};
-
 }  // namespace
 
-const ClassKernels& kernels_of(const xn_matrix& m) { return m.weight_class == XN_BF16 ? kBf16 : kGroup; }
+const ClassKernels& kernels_of(const xn_matrix& m) {
+    switch (m.weight_class) {
+        case XN_W8G32: return kW8G32;
+        case XN_W4G32: return kW4G32;
+        case XN_W8G16: return kW8G16;
+        case XN_W8A8: return kW8A8;
+        default: return kBf16;
+    }
+}
 
 void round_rows(
     xn_pool* pool, const xn_matrix& m, const float* x, int64_t rows, int64_t ldx, uint8_t* rounded) {

@@ -89,7 +89,7 @@ void put_bf16(const xn_matrix& m, uint8_t* panel, int64_t channel, const float* 
 }
 
 void put_codes(const xn_matrix& m, uint8_t* panel, int64_t channel, const uint8_t* codes) {
-    if (m.weight_class == XN_W8G32) {
+    if (m.weight_class != XN_W4G32) {
         for (int64_t k = 0; k < m.num_in; k += 4)
             put_word(panel, k / 4, channel, load_word(codes + k) ^ 0x80808080u);  // int8 + 128
         return;
@@ -103,19 +103,19 @@ void put_codes(const xn_matrix& m, uint8_t* panel, int64_t channel, const uint8_
 
 // `scales` and `mins` are those of the channel.
 void put_scales(const xn_matrix& m, uint8_t* panel, int64_t channel, const float* scales, const float* mins) {
-    for (int64_t g = 0; g < m.num_groups(); ++g) {
+    for (int64_t g = 0; g < m.num_scales(); ++g) {
         put_scale(m, panel + m.scales_at + g * m.scale_row_bytes(), channel, scales[g]);
         if (m.has_mins) put_scale(m, panel + m.mins_at + g * m.scale_row_bytes(), channel, mins[g]);
     }
 }
 
 int32_t pack_codes(
-    xn_pool* pool, int32_t weight_class, const uint8_t* codes, const float* scales, const float* mins,
-    int64_t num_out, int64_t num_in, xn_matrix** made) {
+    xn_pool* pool, int32_t weight_class, int64_t group, const uint8_t* codes, const float* scales,
+    const float* mins, int64_t num_out, int64_t num_in, xn_matrix** made) {
     if (codes == nullptr || scales == nullptr || made == nullptr || !good_shape(num_out, num_in, XN_GROUP))
         return XN_ERR_ARGUMENT;
-    const int64_t groups = num_in / XN_GROUP, count = num_out * groups;
-    int32_t zero = weight_class == XN_W8G32 ? 128 : 0;
+    const int64_t groups = num_in / group, count = num_out * groups;
+    int32_t zero = weight_class == XN_W4G32 ? 0 : 128;
     if (weight_class == XN_W4G32 && mins != nullptr) {
         // Q4_0: an integer offset is exact and needs no min. d·q − 8·d and d·(q − 8) are the same float.
         bool centred = true;
@@ -151,14 +151,15 @@ void get_bf16(const xn_matrix& m, const uint8_t* panel, int64_t channel, float* 
 // code · scale + min, two roundings, as the formats define their values.
 void get_codes(const xn_matrix& m, const uint8_t* panel, int64_t channel, float* y) {
     const bool four = m.weight_class == XN_W4G32;
-    for (int64_t g = 0; g < m.num_groups(); ++g, y += XN_GROUP) {
-        const uint8_t* row = panel + g * m.scale_row_bytes();
+    const int64_t group = m.group_size();
+    for (int64_t first = 0; first < m.num_in; first += group) {
+        const uint8_t* row = panel + first / group * m.scale_row_bytes();
         const float scale = get_scale(m, row + m.scales_at, channel);
         const float min = m.has_mins ? get_scale(m, row + m.mins_at, channel) : 0.0f;
-        for (int64_t k = 0; k < XN_GROUP; ++k) {
-            const int64_t quad = k / 4;
-            const uint8_t* at = panel + word_at(four ? 4 * g + quad % 4 : 8 * g + quad, channel) + k % 4;
-            const int32_t code = (!four ? *at : quad < 4 ? *at & 15 : *at >> 4) - m.zero;
+        for (int64_t k = first; k < first + group; ++k) {
+            const int64_t quad = k / 4, of_group = quad % 8;
+            const uint8_t byte = panel[word_at(four ? quad / 8 * 4 + of_group % 4 : quad, channel) + k % 4];
+            const int32_t code = (!four ? byte : of_group < 4 ? byte & 15 : byte >> 4) - m.zero;
             const float value = scale * static_cast<float>(code);
             y[k] = m.has_mins ? value + min : value;
         }
@@ -174,14 +175,15 @@ void get_channel(const xn_matrix& m, int64_t n, float* y) {
 }  // namespace
 
 bool lay_out(xn_matrix* m) {
+    if (m->weight_class < XN_BF16 || m->weight_class > XN_W8A8) return false;
     const bool bf16 = m->weight_class == XN_BF16;
-    if (!bf16 && m->weight_class != XN_W8G32 && m->weight_class != XN_W4G32) return false;
     if (!good_shape(m->num_out, m->num_in, bf16 ? 2 : XN_GROUP)) return false;
+    if (m->weight_class == XN_W8A8 && (m->has_mins || m->num_in > kMaxChannelInputs)) return false;
     m->padded_in = round_up(m->num_in, XN_GROUP);
     m->num_panels = round_up(m->num_out, kPanel) / kPanel;
-    const int64_t bits = bf16 ? 16 : m->weight_class == XN_W8G32 ? 8 : 4;
+    const int64_t bits = bf16 ? 16 : m->weight_class == XN_W4G32 ? 4 : 8;
     m->scales_at = m->padded_in * kPanel * bits / 8;
-    const int64_t scale_bytes = bf16 ? 0 : m->num_groups() * m->scale_row_bytes();
+    const int64_t scale_bytes = m->num_scales() * m->scale_row_bytes();
     m->mins_at = m->scales_at + scale_bytes;
     m->panel_bytes = round_up(m->mins_at + (m->has_mins ? scale_bytes : 0), 64);
     if (m->panel_bytes > (int64_t{1} << 62) / m->num_panels) return false;
@@ -212,13 +214,28 @@ int32_t xn_pack_w8g32(
     xn_pool* pool, const int8_t* codes, const float* scales, const float* mins, int64_t num_out,
     int64_t num_in, xn_matrix** made) {
     const auto* bytes = reinterpret_cast<const uint8_t*>(codes);
-    return xn::pack_codes(pool, XN_W8G32, bytes, scales, mins, num_out, num_in, made);
+    return xn::pack_codes(pool, XN_W8G32, XN_GROUP, bytes, scales, mins, num_out, num_in, made);
 }
 
 int32_t xn_pack_w4g32(
     xn_pool* pool, const uint8_t* codes, const float* scales, const float* mins, int64_t num_out,
     int64_t num_in, xn_matrix** made) {
-    return xn::pack_codes(pool, XN_W4G32, codes, scales, mins, num_out, num_in, made);
+    return xn::pack_codes(pool, XN_W4G32, XN_GROUP, codes, scales, mins, num_out, num_in, made);
+}
+
+int32_t xn_pack_w8g16(
+    xn_pool* pool, const int8_t* codes, const float* scales, const float* mins, int64_t num_out,
+    int64_t num_in, xn_matrix** made) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(codes);
+    return xn::pack_codes(pool, XN_W8G16, 16, bytes, scales, mins, num_out, num_in, made);
+}
+
+int32_t xn_pack_w8a8(
+    xn_pool* pool, const int8_t* codes, const float* scales, int64_t num_out, int64_t num_in,
+    xn_matrix** made) {
+    if (num_in < 1 || num_in > xn::kMaxChannelInputs) return XN_ERR_ARGUMENT;
+    const auto* bytes = reinterpret_cast<const uint8_t*>(codes);
+    return xn::pack_codes(pool, XN_W8A8, num_in, bytes, scales, nullptr, num_out, num_in, made);
 }
 
 void xn_matrix_free(xn_matrix* matrix) {

@@ -46,11 +46,11 @@ uint16_t half_bits(float value) {
 // Codes = x · 127/max|x| to nearest even, scale = max|x|/127. A NaN or infinity anywhere in a group makes
 // its scale one too, so that it reaches the output instead of vanishing in the codes.
 void to_group_row(const float* x, int64_t num_in, int64_t padded_in, uint8_t* row) {
-    auto* info = reinterpret_cast<GroupInfo*>(row + padded_in);
+    auto* info = reinterpret_cast<GroupInfo*>(row + padded_in * kGroupCodeBytes);
     for (int64_t g = 0; g < padded_in / XN_GROUP; ++g) {
         const float* from = x + g * XN_GROUP;
         const int64_t count = std::min<int64_t>(XN_GROUP, num_in - g * XN_GROUP);
-        uint8_t* codes = row + g * XN_GROUP;
+        uint8_t* codes = row + g * XN_GROUP * kGroupCodeBytes;
         int32_t sum;
         float scale;
 #if defined(__AVX512F__)
@@ -88,7 +88,8 @@ void to_group_row(const float* x, int64_t num_in, int64_t padded_in, uint8_t* ro
         for (int64_t i = 0; i < XN_GROUP; ++i) {
             const float scaled = i < count && factor > 0.0f ? from[i] * factor : 0.0f;
             const int32_t code = std::clamp(static_cast<int32_t>(nearbyintf(scaled)), -128, 127);
-            codes[i] = static_cast<uint8_t>(code);
+            const auto word = static_cast<int16_t>(code);
+            memcpy(codes + i * kGroupCodeBytes, &word, kGroupCodeBytes);
             sum += code;
         }
 #endif

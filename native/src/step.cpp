@@ -113,7 +113,7 @@ int32_t xn_step_set(xn_step* step, const int64_t* words, int64_t num_words, int6
     if (num_sequences < 0 || num_words < 0) return XN_ERR_ARGUMENT;
     if (num_sequences > num_words / (kFields + step->num_groups)) return XN_ERR_ARGUMENT;
     if (!step->words.fit(num_words)) return XN_ERR_MEMORY;
-    std::memcpy(step->words.data, words, num_words * sizeof(int64_t));
+    if (num_words > 0) std::memcpy(step->words.data, words, num_words * sizeof(int64_t));
     int32_t code = XN_ERR_ARGUMENT;
     if (count(*step, num_sequences, num_words)) code = fill_rows(*step, num_sequences) ? XN_OK : XN_ERR_MEMORY;
     const int64_t* table = code == XN_OK ? step->ids[XN_IDS_TOKENS] + step->num_rows : nullptr;

@@ -213,3 +213,7 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     last_step_ms: float = 0.0
     num_accepted: int = 0
     num_ended: int = 0
+    program_captures: int = 0
+    program_replays: int = 0
+    num_eager_steps: int = 0
+    program_arena_bytes: int = 0

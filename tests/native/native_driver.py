@@ -41,8 +41,10 @@ def make_native_runner(
     isa: str | None = None,
     programs: bool = True,
     kv_dtype: KVDtype = "bfloat16",
+    head_class: WeightClass | None = None,
 ) -> ModelRunner:
-    ops = NativeOps(library(isa), num_threads, weight_class, weight_class, keeps_codes, kv_dtype)
+    classes = weight_class, head_class or weight_class
+    ops = NativeOps(library(isa), num_threads, *classes, keeps_codes, kv_dtype)
     model = find_model(arch.name)
     weights = load_weights(model, arch, tensors, ops, num_positions)
     ops.probe([weights.layers[0][k] for k in ("qkv", "o", "gate_up", "down")] + [weights.top["head"]])

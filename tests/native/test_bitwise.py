@@ -103,7 +103,7 @@ def test_thread_count_changes_no_bit(made, prompt, alone, threads: int) -> None:
     assert_same(driver.prefill(driver.new(prompt), 90).rows(), alone)
 
 
-@pytest.mark.parametrize("weight_class", CLASSES)
+@pytest.mark.parametrize("weight_class", [*CLASSES, "w8a8"])
 @pytest.mark.parametrize("isa", [i.name for i in ISAS])
 def test_every_path_is_exact_within_itself(isa: str, weight_class, prompt) -> None:
     if library(isa) is None:
@@ -130,6 +130,29 @@ def test_every_path_is_exact_within_itself(isa: str, weight_class, prompt) -> No
         assert_same(run(chunk), alone)
     assert_same(run(50, company=5), alone)
     assert_same(run(90, on=one_thread), alone)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_kv_in_codes_is_exact_too(arch: str, prompt) -> None:
+    made = make_native_runner(ARCHS[arch], DummySource(ARCHS[arch]), "bf16", NUM_PAGES, kv_dtype="int8")
+
+    def run(*counts: int, company: int = 0) -> np.ndarray:
+        driver = Driver(made, NUM_PAGES, seed=company)
+        target = driver.new(prompt)
+        others = [random_sequence(driver, np.random.default_rng(i)) for i in range(company)]
+        for count in counts:
+            work = [(o, min(2, len(o.tokens) - o.computed)) for o in others if o.computed < len(o.tokens)]
+            driver.step(*work, (target, count))
+        return target.rows()
+
+    alone = run(PROMPT_LEN)
+    assert_same(run(*[7] * 29), alone)
+    assert_same(run(150, *[1] * 53, company=9), alone)
+    plain = make_native_runner(ARCHS[arch], DummySource(ARCHS[arch]), "bf16", NUM_PAGES)
+    driver = Driver(plain, NUM_PAGES)
+    bf16 = driver.prefill(driver.new(prompt)).rows()
+    assert not np.array_equal(alone, bf16)
+    assert plain.kv_layout.digest() != made.kv_layout.digest()
 
 
 @pytest.mark.slow

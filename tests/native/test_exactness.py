@@ -20,6 +20,8 @@ PATH, WHY = find()
 pytestmark = pytest.mark.skipif(PATH is None, reason=f"no native kernels: {WHY}")
 
 
-@pytest.fixture(scope="module", params=["none", "file", "w8g32", "w4g32"])
+@pytest.fixture(scope="module", params=["none", "file", "w8g32", "w4g32", "w8a8"])
 def built(smollm2: str, request: pytest.FixtureRequest) -> BuiltEngine:
-    return build_smollm2(smollm2, platform="native", dtype="bfloat16", quantize=request.param)
+    made = build_smollm2(smollm2, platform="native", dtype="bfloat16", quantize=request.param)
+    assert made.runner.program_counters is not None
+    return made

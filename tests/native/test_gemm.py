@@ -88,10 +88,15 @@ def _make(
 
 def _random(library: ctypes.CDLL, kind: str, num_out: int, num_in: int, seed: int = 0) -> Matrix:
     rows = np.random.default_rng(seed).standard_normal((num_out, num_in), dtype=np.float32)
+    if kind == "w8g16":
+        codes = np.clip(np.rint(rows * np.float32(30)), -128, 127).astype(np.int8)
+        scales = np.abs(rows[:, ::16]).copy()
+        return _make(library.xn_pack_w8g16, library, num_out, num_in, codes, scales, None)
     call = {
         "bf16": library.xn_pack_bf16,
         "w8g32": library.xn_quantize_w8g32,
         "w4g32": library.xn_quantize_w4g32,
+        "w8a8": library.xn_quantize_w8a8,
     }
     return _make(call[kind], library, num_out, num_in, rows)
 
@@ -297,7 +302,7 @@ def _unfused(
     return y
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", [*CLASSES, "w8a8", "w8g16"])
 @pytest.mark.parametrize("epilogue", [STORE, ADD_RESIDUAL, SILU_MUL, GELU_TANH_MUL])
 @pytest.mark.parametrize("seed", range(8))
 def test_fused_calls_give_the_bits_of_separate_ones(
@@ -306,7 +311,7 @@ def test_fused_calls_give_the_bits_of_separate_ones(
     random = np.random.default_rng(seed)
     # Halves of whole panels, of part of one, of one panel and a part; odd and even numbers of panels.
     num_out = 2 * int(random.choice([16, 48, 112, 128, 5, 40, 57]))
-    num_in, rows = int(random.choice([32, 96, 576])), int(random.choice([1, 2, 3, 7, 12, 13, 31, 64, 130]))
+    num_in, rows = int(random.choice([32, 96, 576])), int(random.choice([1, 2, 3, 7, 9, 12, 13, 31, 64, 130]))
     pool = pools[1 + seed % 2]
     matrix = _random(library, kind, num_out, num_in, seed)
     x = random.standard_normal((rows, num_in), dtype=np.float32) * np.float32(3)
@@ -376,3 +381,27 @@ def test_impossible_fusions_are_refused(library: ctypes.CDLL) -> None:
     assert call(ADD_RESIDUAL, x, None, 5) != 0
     assert call(SILU_MUL, x, None, 5) != 0
     assert call(4, x, None, 5) != 0
+
+
+def test_the_limits_of_the_machine_can_be_measured(
+    library: ctypes.CDLL, pools: dict[int, int | None]
+) -> None:
+    once, twice = library.xn_multiply(2, 1), library.xn_multiply(2, 2)
+    assert twice == 2 * once
+    assert once > 0 or library.xn_isa() == b"portable"
+    words = np.random.default_rng(0).integers(0, 2**62, (3 << 20) // 8 + 64, dtype=np.int64)
+    digests = {library.xn_read_memory(pool, _at(words), words.nbytes) for pool in pools.values()}
+    assert digests == {int(np.bitwise_xor.reduce(words))}
+
+
+@pytest.mark.parametrize("kind", [*CLASSES, "w8a8", "w8g16"])
+def test_the_largest_gated_tile_stays_within_its_memory(library: ctypes.CDLL, kind: str) -> None:
+    random = np.random.default_rng(10)
+    matrix = _random(library, kind, 96, 64)  # three panels of gates: nine rows make the largest tile
+    x = random.standard_normal((9, 64), dtype=np.float32)
+    y = np.empty((9, 48), dtype=np.float32)
+    code = library.xn_linear_fused(
+        None, matrix.handle, _at(x), None, 9, 64, None, SILU_MUL, None, 0, _at(y), 48
+    )
+    assert code == 0
+    assert np.array_equal(_bits(y), _bits(_unfused(library, matrix, x, None, SILU_MUL, x)))

@@ -48,7 +48,7 @@ def test_without_a_library_the_reason_says_how_to_build_one(
     assert "xllm.engine.kernels.native.build" in reason
 
 
-@pytest.mark.parametrize("quantize", ["none", "file", "w8g32", "w4g32"])
+@pytest.mark.parametrize("quantize", ["none", "file", "w8g32", "w4g32", "w8a8"])
 def test_a_runner_reports_its_class_and_needs_no_torch(
     quantize: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,6 +59,8 @@ def test_a_runner_reports_its_class_and_needs_no_torch(
     assert built.runner.deterministic
     assert f"quantize-{quantize}" in built.runner.numerics
     assert any(quantize in line for line in built.report)
+    # Dummy weights have no codes.
+    assert any("these are bfloat16" in line for line in built.report) == (quantize == "file")
     built.runner.close()
 
 

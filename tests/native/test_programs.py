@@ -10,9 +10,11 @@ import pytest
 
 from tests.native.native_driver import library, make_native_runner
 from tests.reference.runner_driver import Driver, Seq
-from tests.reference.test_bitwise import ARCHS, assert_same
+from tests.reference.test_bitwise import ARCHS, assert_same, tiny
 from xllm.artifacts.source import DummySource
+from xllm.clock import SystemClock
 from xllm.config.schema import CacheConfig, EngineConfig, ModelConfig, PlatformConfig
+from xllm.engine.build import build_engine
 from xllm.engine.kernels.native.fusion import fuse
 from xllm.engine.kernels.native.layout import lay_out
 from xllm.engine.kernels.native.programs import BUCKETS, Programs
@@ -24,6 +26,7 @@ from xllm.engine.platform.native import PLATFORM
 from xllm.engine.runner.runner import ModelRunner
 from xllm.engine.sampling import Sampler
 from xllm.errors import ConfigError, InternalError
+from xllm.testing.null_engine import spec
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the native kernels are not built here")
 
@@ -65,6 +68,18 @@ def test_a_replayed_step_has_the_bits_of_the_eager_one(arch: str, weight_class: 
     runner.programs = None
     assert_same(replayed, mixed_steps(runner))
     assert programs.counters.replays == replays > 0
+
+
+@pytest.mark.parametrize("rows", range(1, 14))
+def test_every_tile_shape_of_a_gate_gives_the_eager_bits(rows: int) -> None:
+    arch = tiny("llama", intermediate_size=96)
+    runner = make_native_runner(arch, DummySource(arch), "bf16", NUM_PAGES)
+    found = []
+    for programs in (runner.programs, None):
+        runner.programs = programs
+        driver = Driver(runner, NUM_PAGES)
+        found.append(driver.prefill(driver.new(PROMPT[:rows])).rows())
+    assert_same(*found)
 
 
 def test_a_program_is_made_once_for_each_bucket() -> None:
@@ -284,6 +299,24 @@ def test_the_switch_is_obeyed_and_reported(asked: str, replays: bool) -> None:
     built = build(asked)
     assert (built.runner.programs is not None) == replays
     assert any(line.startswith(f"programs={'on' if replays else 'off'}: ") for line in built.report)
+
+
+@pytest.mark.slow
+def test_an_engine_tells_what_it_recorded_and_replayed(smollm2: str) -> None:
+    config = EngineConfig(
+        model=ModelConfig(model=smollm2, max_model_len=256),
+        cache=CacheConfig(num_pages=8),
+        platform=PlatformConfig(platform="native", num_threads=1),
+    )
+    core = build_engine(config, SystemClock(), lambda stage, elapsed_s: None).core
+    core.submit(spec("one", (1, 2, 3), max_tokens=2))
+    while core.has_requests:
+        core.step()
+    snapshot = core.snapshot()
+    assert snapshot.program_captures == 3  # for 3 rows, for 1 row, and the head
+    assert snapshot.program_replays == 4
+    assert snapshot.num_eager_steps == 0
+    assert snapshot.program_arena_bytes > 0
 
 
 def test_a_platform_that_cannot_record_refuses_only_if_asked() -> None:

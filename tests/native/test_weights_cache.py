@@ -74,7 +74,7 @@ def cache_lines(built: BuiltRunner) -> str:
     return "\n".join(line for line in built.report if "weights_cache" in line or "packed weights" in line)
 
 
-@pytest.mark.parametrize("quantize", ["none", "w8g32", "w4g32"])
+@pytest.mark.parametrize("quantize", ["none", "w8g32", "w4g32", "w8a8"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2"])
 def test_mapped_weights_compute_the_same_bits(name: str, quantize: str, tmp_path: Path) -> None:
     arch = ARCHS[name]
@@ -287,7 +287,7 @@ def rows_of(kernels, matrix: Matrix) -> np.ndarray:
 
 
 @pytest.mark.parametrize("isa", [i.name for i in ISAS])
-@pytest.mark.parametrize("weight_class", ["bf16", "w8g32", "w4g32"])
+@pytest.mark.parametrize("weight_class", ["bf16", "w8g32", "w4g32", "w8a8"])
 def test_a_record_that_no_packer_makes_is_refused(weight_class: WeightClass, isa: str) -> None:
     kernels = library(isa)
     if kernels is None:

@@ -43,7 +43,7 @@ def measure(pipeline: Any, run: dict[str, Any]) -> list[dict[str, Any]]:
             # Tokenising is part of the wait, as it is behind a server; so is, in an open loop, the step
             # that was under way when the request came.
             start_s = now if run["concurrency"] < total else run["at_s"][index]
-            row = {"start_s": start_s, "ttft_s": 0.0, "itls_s": [], "num_output_tokens": 0}
+            row: dict[str, Any] = {"start_s": start_s, "ttft_s": 0.0, "itls_s": [], "num_output_tokens": 0}
             rows.append(row)
             prompt = pipeline.get_tokenizer().encode(run["prompts"][index]).input_ids
             row["num_input_tokens"] = prompt.get_size()
@@ -70,7 +70,7 @@ def hopeless(run: dict[str, Any], ended: list[dict[str, Any]]) -> bool:
         row["end_s"] - row["start_s"] - row["ttft_s"] > run["max_tpot_s"] * (row["num_output_tokens"] - 1)
         for row in ended
     )
-    return max(late, slow) >= run["hopeless"]
+    return bool(max(late, slow) >= run["hopeless"])
 
 
 def absorb(handle: Any, row: dict[str, Any], origin: float) -> bool:

@@ -66,7 +66,7 @@ def hopeless(run: dict[str, Any], ended: list[dict[str, Any]]) -> bool:
         row["end_s"] - row["start_s"] - row["ttft_s"] > run["max_tpot_s"] * (row["num_output_tokens"] - 1)
         for row in ended
     )
-    return max(late, slow) >= run["hopeless"]
+    return bool(max(late, slow) >= run["hopeless"])
 
 
 async def serve(settings: dict[str, Any]) -> None:

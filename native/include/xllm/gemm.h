@@ -8,6 +8,12 @@
 
 namespace xn {
 
+#if defined(__AVX512VNNI__)
+constexpr int64_t kGroupCodeBytes = 1;  // that a code of an activation, or of an unpacked weight, takes
+#else
+constexpr int64_t kGroupCodeBytes = 2;  // ready for multiplications of words
+#endif
+
 // A row of activations in 8-bit codes: K codes, then K/32 of these. It serves weights of any zero.
 struct GroupInfo {
     float scale;
@@ -19,11 +25,16 @@ struct GroupInfo {
 };
 
 struct Tile {
-    const uint8_t* x;  // first row, in bf16 or 8-bit codes
+    const uint8_t* x;  // first row, rounded
     int64_t x_stride;  // bytes between rows
-    const uint8_t* w;  // first panel
-    int64_t prefetch;  // bytes ahead of `w` to draw into L2 meanwhile
     const xn_matrix* matrix;
+    const uint8_t* w;  // first panel, of the matrix or unpacked from it
+    int64_t w_stride;  // bytes between panels
+    const uint8_t* scales;  // of the first panel
+    const uint8_t* mins;    // NULL = none
+    bool half;              // scales and mins are float16
+    const uint8_t* ahead;  // what to draw into L2 meanwhile,
+    int64_t ahead_bytes;   // so much (whole cache lines) in every step of the tile
     float* y;
     int64_t ldy;
     const float* bias;      // of the first panel's first channel, or NULL
@@ -36,24 +47,24 @@ using TileFn = void (*)(const Tile&);
 
 constexpr int kMaxTilePanels = 4;
 
-// How many rows a tile of so many panels may have: what 32 vector registers hold without spilling.
-constexpr int max_bf16_rows(int panels) { return panels == 4 ? 6 : panels == 3 ? 9 : 12; }
-constexpr int max_group_rows(int panels) { return panels == 4 ? 2 : panels == 3 ? 4 : 6; }
-
-TileFn bf16_tile(int rows, int panels);
-TileFn group_tile(int rows, int panels, bool four_bits);
-
 // x (num_in floats) → `padded_in` codes at `row`, as the tiles read them.
 void to_bf16_row(const float* x, int64_t num_in, int64_t padded_in, uint8_t* row);
 void to_group_row(const float* x, int64_t num_in, int64_t padded_in, uint8_t* row);
 
-// What the rest of the linear needs to know of a weight class. A class is added by one more of these.
+// What the linear needs to know of a weight class. A class is added by one more of these.
 struct ClassKernels {
     int64_t (*row_bytes)(const xn_matrix& m);  // of a rounded row
     void (*round_row)(const xn_matrix& m, const float* x, uint8_t* row);
-    int (*max_rows)(int panels);
-    TileFn (*tile)(const xn_matrix& m, int rows, int panels);
+    int (*max_rows)(int panels);  // of a tile: what the vector registers hold without spilling
+    TileFn (*tile)(int rows, int panels);
+    int64_t step;  // inputs of a step, see Tile::ahead_bytes
+    // Where tiles do not read panels as they are packed: an item first unpacks its panels, each to
+    // unpacked_bytes of codes, float32 scales and mins. Else NULL.
+    int64_t (*unpacked_bytes)(const xn_matrix& m);
+    void (*unpack)(const xn_matrix& m, const uint8_t* panel, uint8_t* to);
 };
+
+extern const ClassKernels kBf16, kW8G32, kW4G32, kW8G16, kW8A8;
 
 const ClassKernels& kernels_of(const xn_matrix& m);
 

@@ -5,6 +5,8 @@
 //   w8g32   [K/4][16][4] codes + 128 as bytes, then scales [K/32][16], then mins [K/32][16] if any
 //   w4g32   [K/32][4][16][4] bytes: the low nibbles are the group's 1st … 4th four inputs, the high its
 //           5th … 8th; then scales and mins as above
+//   w8g16   as w8g32 with scales and mins [K/16][16]
+//   w8a8    as w8g32 with one row of scales [16] and no mins
 // K is padded to a multiple of 32 and channels to whole panels, with zeros.
 #ifndef XLLM_PACK_H
 #define XLLM_PACK_H
@@ -17,6 +19,7 @@
 namespace xn {
 
 constexpr int64_t kPanel = 16;
+constexpr int64_t kMaxChannelInputs = 1 << 16;  // of w8a8: 255 · 127 · K must stay an int32
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -46,7 +49,7 @@ uint16_t half_bits(float value);  // to nearest, ties to even
 
 struct xn_matrix {
     int32_t weight_class;
-    int32_t zero;      // subtracted from a stored code: W8 128; W4 0, or 8 where min = −8 · scale
+    int32_t zero;      // subtracted from a stored code: 8-bit 128; W4 0, or 8 where min = −8 · scale
     bool half_scales;  // scales and mins are float16, which all GGUF formats of one scale per group have
     bool has_mins;
     bool borrowed;  // the panels are the caller's, in a mapped file as a rule
@@ -57,6 +60,11 @@ struct xn_matrix {
     uint8_t* panels;
 
     int64_t num_groups() const { return padded_in / XN_GROUP; }
+    // Inputs that share a scale, and rows of scales in a panel.
+    int64_t group_size() const {
+        return weight_class == XN_W8A8 ? padded_in : weight_class == XN_W8G16 ? 16 : XN_GROUP;
+    }
+    int64_t num_scales() const { return weight_class == XN_BF16 ? 0 : padded_in / group_size(); }
     int64_t scale_row_bytes() const { return xn::kPanel * (half_scales ? 2 : 4); }
     const uint8_t* panel(int64_t p) const { return panels + p * panel_bytes; }
     uint8_t* panel(int64_t p) { return panels + p * panel_bytes; }

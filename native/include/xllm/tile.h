@@ -32,11 +32,29 @@ XN_INLINE void for_each(Body&& body) {
     for_each_of(body, Count<N>{});
 }
 
-// Makes gcc forget how the pointer was computed: it would rather keep every offset from a common base on
-// the stack than one more pointer in a register.
-XN_INLINE void keep_apart(const uint8_t*& pointer) { asm volatile("" : "+r"(pointer)); }
-
 #if defined(__AVX512F__)
+
+// The 32 bits of a tile's row at b + s · Third + Offset in every lane; Third = row number modulo 3. Volatile
+// asm: left to itself gcc 12 loads a tile's activations first and then spills accumulators.
+template <int Third, int Offset>
+XN_INLINE __m512i broadcast(const uint8_t* base, int64_t stride) {
+    __m512i t;
+    if constexpr (Third == 0)
+        asm volatile("vpbroadcastd %c[o](%[b]), %[t]" : [t] "=v"(t) : [b] "r"(base), [o] "i"(Offset));
+    else if constexpr (Third == 1)
+        asm volatile("vpbroadcastd %c[o](%[b],%[s]), %[t]"
+                     : [t] "=v"(t) : [b] "r"(base), [s] "r"(stride), [o] "i"(Offset));
+    else
+        asm volatile("vpbroadcastd %c[o](%[b],%[s],2), %[t]"
+                     : [t] "=v"(t) : [b] "r"(base), [s] "r"(stride), [o] "i"(Offset));
+    return t;
+}
+
+// Draws the next `bytes` into L2.
+XN_INLINE void draw(const uint8_t*& ahead, int64_t bytes) {
+    for (const uint8_t* end = ahead + bytes; ahead != end; ahead += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+}
 
 // Elements [16 · part, 16 · part + 16) of x, of which `count` exist in all; zeros beyond.
 XN_INLINE __m512 load_part(const float* x, int64_t count, int part) {
@@ -49,6 +67,10 @@ XN_INLINE __m512 load_part(const float* x, int64_t count, int part) {
 template <int NR>
 XN_INLINE void store_row(const Tile& tile, int m, const __m512* acc) {
     float* y = tile.y + m * tile.ldy;
+    if (tile.columns >= 16 * NR && tile.bias == nullptr && tile.residual == nullptr) {
+        for_each<NR>([&](auto n) XN_LAMBDA { _mm512_storeu_ps(y + 16 * n, acc[n]); });
+        return;
+    }
     for_each<NR>([&](auto n) XN_LAMBDA {
         const int64_t here = tile.columns - 16 * n;
         const auto mask = static_cast<__mmask16>(here >= 16 ? 0xffffu : (1u << here) - 1);

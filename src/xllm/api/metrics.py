@@ -124,6 +124,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[EngineSnapshot], float]], ...] = (
     ("xllm:owned_pages", "KV pages owned by requests", lambda e: e.owned_pages),
     ("xllm:cached_pages", "KV pages kept for reuse", lambda e: e.cached_pages),
     ("xllm:free_pages", "KV pages without content", lambda e: e.free_pages),
+    ("xllm:program_arena_bytes", "Memory of recorded programs", lambda e: e.program_arena_bytes),
     ("xllm:last_step_seconds", "Duration of the last step", lambda e: e.last_step_ms / 1000),
 )
 
@@ -134,6 +135,9 @@ _COUNTERS: tuple[tuple[str, str, Callable[[EngineSnapshot], float]], ...] = (
     ("vllm:prompt_tokens", "Prompt tokens processed", lambda e: e.prompt_tokens),
     ("vllm:generation_tokens", "Tokens generated", lambda e: e.generation_tokens),
     ("xllm:engine_steps", "Steps run", lambda e: e.step),
+    ("xllm:program_captures", "Programs made, one for each shape bucket", lambda e: e.program_captures),
+    ("xllm:program_replays", "Programs run", lambda e: e.program_replays),
+    ("xllm:eager_steps", "Steps beyond every bucket", lambda e: e.num_eager_steps),
     ("xllm:engine_requests_accepted", "Requests the engine accepted", lambda e: e.num_accepted),
     ("xllm:engine_requests_ended", "Requests the engine ended", lambda e: e.num_ended),
 )

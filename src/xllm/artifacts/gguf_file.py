@@ -40,6 +40,8 @@ SUPPORTED_TYPES = frozenset(
         Quant.Q5_0,
         Quant.Q5_1,
         Quant.Q8_0,
+        Quant.Q2_K,
+        Quant.Q3_K,
         Quant.Q4_K,
         Quant.Q5_K,
         Quant.Q6_K,
@@ -145,6 +147,10 @@ class GgufTensors:
 
     def identity(self) -> str:
         return files_identity([(self._opened.path, self._opened.stat)])
+
+    def release(self) -> None:
+        # Pages of the file that are mapped count as this process's memory, wanted or not.
+        self._data.madvise(mmap.MADV_DONTNEED)
 
     def names(self) -> Sequence[str]:
         return sorted(self._by_name)

@@ -109,6 +109,10 @@ class HfTensors:
     def identity(self) -> str:
         return files_identity([(file.path, file.stat) for file in self._files])
 
+    def release(self) -> None:
+        for file in self._files:
+            file.release()
+
     def names(self) -> Sequence[str]:
         return sorted(self._where)
 

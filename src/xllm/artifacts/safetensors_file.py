@@ -65,6 +65,10 @@ class SafetensorsFile:
         except SafetensorsError as error:
             raise SafetensorsError(f"{path.name}: {error.message}") from error
 
+    def release(self) -> None:
+        """Unmap the pages that were read: they count as this process's memory, wanted or not."""
+        self._data.madvise(mmap.MADV_DONTNEED)
+
     def read(self, name: str) -> tuple[str, Array]:
         """(float32 | float16 | bfloat16 bits as uint16, array). Raises SafetensorsError for other types."""
         stored = self.tensors[name]

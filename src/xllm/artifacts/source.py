@@ -32,6 +32,9 @@ class TensorSource(Protocol):
     def identity(self) -> str:
         """Names these very bytes on this machine, for caches; "" when nothing vouches for them."""
 
+    def release(self) -> None:
+        """Give back the memory that reading took; reading again is allowed."""
+
     def names(self) -> Sequence[str]:
         """All parameter names, sorted."""
 
@@ -91,6 +94,9 @@ class DummySource:
 
     def identity(self) -> str:
         return ""
+
+    def release(self) -> None:
+        """Nothing is held."""
 
     def names(self) -> Sequence[str]:
         return sorted(parameter_shapes(self.config))

@@ -35,6 +35,7 @@ class Setting:
     many: bool
     default: Any
     help: str
+    has_flag: bool = True
 
     @property
     def flag(self) -> str:
@@ -78,6 +79,7 @@ def _setting(section: type, item: dataclasses.Field[Any], hint: Any) -> Setting:
         many=many,
         default=item.default,
         help=item.metadata.get("help", ""),
+        has_flag=item.metadata.get("has_flag", True),
     )
 
 

@@ -1,4 +1,5 @@
 """Command-line flags made from the configuration dataclasses: one field, one flag, one help text.
+Rarely changed settings have none and are set in the file.
 
 Values stay text here; `load` converts them together with the other layers, so that a bad value reads
 the same wherever it stood.
@@ -15,10 +16,10 @@ from xllm.config.fields import Setting, settings
 
 
 def add_flags(parser: argparse.ArgumentParser, *sections: type, skip: frozenset[str] = frozenset()) -> None:
-    """One flag per field of `sections`. Only flags that were given end up in the namespace."""
+    """One flag per field of `sections` that has one. Only flags that were given end up in the namespace."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for setting in settings(*sections).values():
-        if setting.name in skip:
+        if setting.name in skip or not setting.has_flag:
             continue
         if setting.section not in groups:
             title = setting.section.removesuffix("Config").lower()

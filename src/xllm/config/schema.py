@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 
 def option(default: Any, help: str, **meta: Any) -> Any:
-    """A dataclass field with its help text; `meta` may hold `choices`."""
+    """A dataclass field with its help text. `has_flag=False`: set in the file only, being rarely changed."""
     return field(default=default, metadata={"help": help, **meta})
 
 
@@ -24,9 +24,10 @@ class ModelConfig:
     revision: str | None = option(None, "hub revision")
     served_model_name: tuple[str, ...] = option((), "names clients use; default: the model argument")
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = option("auto", "compute and KV dtype")
-    quantize: Literal["auto", "none", "file", "w8g32", "w4g32"] = option(
+    quantize: Literal["auto", "none", "file", "w8g32", "w4g32", "w8a8"] = option(
         "auto",
-        "weights on the native platform; none = bfloat16, file = codes as the file has them",
+        "weights on the native platform; none = bfloat16, file = codes as the file has them, "
+        "w8a8 = fastest, some accuracy lost",
     )
     weights_cache: str = option(
         "auto",
@@ -95,9 +96,11 @@ class FrontConfig:
     max_num_inflight_reqs: int = option(1024, "accepted and not yet ended requests; beyond: 429")
     max_num_inflight_tokens: int = option(4_194_304, "prompt tokens of those requests; beyond: 429")
     stream_buffer_tokens: int = option(4096, "tokens kept for a slow reader before its request is cancelled")
-    slow_reader_timeout_s: float = option(30.0, "seconds a full stream buffer may stand still")
+    slow_reader_timeout_s: float = option(
+        30.0, "seconds a full stream buffer may stand still", has_flag=False
+    )
     shutdown_timeout_s: float = option(30.0, "seconds running requests may take to end on SIGTERM")
-    start_timeout_s: float = option(600.0, "seconds an engine may take to load")
+    start_timeout_s: float = option(600.0, "seconds an engine may take to load", has_flag=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,5 +116,5 @@ class ServerConfig:
     max_connections: int = option(1024, "open connections; beyond: closed at once")
     header_timeout_s: float = option(10.0, "seconds for the request head")
     body_timeout_s: float = option(30.0, "seconds for the request body")
-    keep_alive_timeout_s: float = option(75.0, "seconds an idle connection is kept")
+    keep_alive_timeout_s: float = option(75.0, "seconds an idle connection is kept", has_flag=False)
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "least severity that is logged")

@@ -93,7 +93,8 @@ def build_engine(
         max_model_len=max_model_len,
         eos_token_ids=card.eos_token_ids,
     )
-    core = EngineCore(card, scheduler, memory, InProcExecutor(runner), clock)
+    executor = InProcExecutor(runner)
+    core = EngineCore(card, scheduler, memory, executor, clock, lambda: runner.program_counters)
     return BuiltEngine(
         core=core,
         runner=runner,

@@ -6,10 +6,13 @@ Only what every step of every model needs may live here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
 from xllm.clock import Clock
 from xllm.engine.executor.base import Executor
+from xllm.engine.kernels.programs import ProgramCounters
 from xllm.engine.memory.manager import PageManager
 from xllm.engine.scheduler.scheduler import Scheduler
 from xllm.errors import UnavailableError
@@ -22,13 +25,20 @@ class EngineCore:
     """Owned by exactly one thread: the step thread."""
 
     def __init__(
-        self, card: ModelCard, scheduler: Scheduler, memory: PageManager, executor: Executor, clock: Clock
+        self,
+        card: ModelCard,
+        scheduler: Scheduler,
+        memory: PageManager,
+        executor: Executor,
+        clock: Clock,
+        program_counters: Callable[[], ProgramCounters | None] = lambda: None,
     ) -> None:
         self.card = card
         self.scheduler = scheduler
         self._memory = memory
         self._executor = executor
         self._clock = clock
+        self._program_counters = program_counters
         self._last_step_ms = 0.0
         self._draining = False
 
@@ -67,7 +77,17 @@ class EngineCore:
             self.scheduler.abort(request_id)
 
     def snapshot(self) -> EngineSnapshot:
-        return msgspec.structs.replace(self.scheduler.snapshot(), last_step_ms=self._last_step_ms)
+        snapshot = msgspec.structs.replace(self.scheduler.snapshot(), last_step_ms=self._last_step_ms)
+        programs = self._program_counters()
+        if programs is None:
+            return snapshot
+        return msgspec.structs.replace(
+            snapshot,
+            program_captures=programs.captures,
+            program_replays=programs.replays,
+            num_eager_steps=programs.eager,
+            program_arena_bytes=programs.arena_bytes,
+        )
 
     def close(self) -> None:
         self._executor.close()

@@ -11,7 +11,7 @@ from gguf.quants import dequantize
 from xllm.artifacts.gguf_codes import group_codes
 from xllm.codes import GroupCodes, stack
 
-FORMATS = [Quant.Q4_0, Quant.Q4_1, Quant.Q5_0, Quant.Q5_1, Quant.Q8_0, Quant.Q4_K, Quant.Q5_K]
+FORMATS = [Quant.Q4_0, Quant.Q4_1, Quant.Q5_0, Quant.Q5_1, Quant.Q8_0, Quant.Q4_K, Quant.Q5_K, Quant.Q6_K]
 ROWS, COLUMNS = 5, 512
 
 
@@ -20,14 +20,18 @@ def random_blocks(kind: Quant, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     per_block, num_bytes = GGML_QUANT_SIZES[kind]
     blocks = rng.integers(0, 256, (ROWS, COLUMNS // per_block, num_bytes), dtype=np.uint8)
-    num_halves = 1 if kind in (Quant.Q4_0, Quant.Q5_0, Quant.Q8_0) else 2
+    num_halves = 1 if kind in (Quant.Q4_0, Quant.Q5_0, Quant.Q8_0, Quant.Q6_K) else 2
     halves = (rng.standard_normal((*blocks.shape[:2], num_halves)) * 0.01).astype(np.float16)
-    blocks[:, :, : 2 * num_halves] = halves.view(np.uint8)
+    at = 208 if kind == Quant.Q6_K else 0
+    blocks[:, :, at : at + 2 * num_halves] = halves.view(np.uint8)
     return blocks.reshape(ROWS, -1)
 
 
 def values(codes: GroupCodes) -> np.ndarray:
-    grouped = codes.codes.reshape(*codes.scales.shape, 32).astype(np.float32) * codes.scales[..., None]
+    grouped = (
+        codes.codes.reshape(*codes.scales.shape, codes.group_size).astype(np.float32)
+        * codes.scales[..., None]
+    )
     if codes.mins is not None:
         grouped = grouped + codes.mins[..., None]
     return grouped.reshape(codes.codes.shape)
@@ -45,14 +49,27 @@ def test_codes_equal_the_dequantised_values_bit_for_bit(kind: Quant) -> None:
     np.testing.assert_array_equal(values(codes), dequantize(raw, kind))
 
 
-def test_a_format_with_other_groups_has_no_codes() -> None:
-    assert group_codes(np.zeros(210, dtype=np.uint8), Quant.Q6_K, (1, 256)) is None
+def test_formats_whose_codes_would_not_pay_have_none() -> None:
+    for kind in (Quant.Q2_K, Quant.Q3_K):
+        per_block, num_bytes = GGML_QUANT_SIZES[kind]
+        assert group_codes(np.zeros(num_bytes, dtype=np.uint8), kind, (1, per_block)) is None
 
 
-def test_stacked_parts_of_different_widths_keep_their_values() -> None:
-    parts = [group_codes(random_blocks(k), k, (ROWS, COLUMNS)) for k in (Quant.Q4_0, Quant.Q8_0, Quant.Q4_1)]
+@pytest.mark.parametrize(
+    ("kinds", "bits", "group_size"),
+    [
+        ((Quant.Q4_0, Quant.Q4_1), 4, 32),
+        ((Quant.Q4_0, Quant.Q8_0, Quant.Q4_1), 8, 32),
+        ((Quant.Q4_K, Quant.Q6_K, Quant.Q8_0), 8, 16),
+        ((Quant.Q6_K, Quant.Q6_K), 8, 16),
+    ],
+)
+def test_stacked_parts_of_different_kinds_keep_their_values(
+    kinds: tuple[Quant, ...], bits: int, group_size: int
+) -> None:
+    parts = [group_codes(random_blocks(k), k, (ROWS, COLUMNS)) for k in kinds]
     together = stack([p for p in parts if p is not None])
-    assert together.bits == 8
+    assert (together.bits, together.group_size) == (bits, group_size)
     np.testing.assert_array_equal(
         values(together), np.concatenate([values(p) for p in parts if p is not None])
     )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
-from benchmarks.compare import goodput, perplexity, report
+from benchmarks.compare import goodput, machine, perplexity, report
 from benchmarks.compare.load import Load, loads, prefills
 from benchmarks.compare.perplexity import compare
 from benchmarks.compare.rounds import Result
@@ -149,6 +149,13 @@ def test_kept_reference_losses_are_used_for_the_same_texts_only(
     assert perplexity.reference(args, tmp_path, {"prose": "b"}) == {"prose": [2.0]}
     args.window = 6
     assert perplexity.reference(args, tmp_path, {"prose": "b"}) == {"prose": [3.0]}
+
+
+def test_results_name_no_folder_of_the_machine(tmp_path: Path) -> None:
+    text = f"--model {tmp_path}/weights/bf16 --out here --peers-dir {tmp_path} 3/4"
+    places = {".peers": tmp_path, "RESULTS": Path("here")}
+    told = machine.without_places(text, places)
+    assert told == "--model .peers/weights/bf16 --out here --peers-dir .peers 3/4"
 
 
 def test_every_encoding_of_a_peer_has_one_of_ours_to_stand_against() -> None:

@@ -13,15 +13,15 @@ MAX_FLAGS = 60
 SETTINGS = """
 --model --tokenizer --revision --served-model-name --dtype --quantize --weights-cache --load-format
 --max-model-len --chat-template --seed --kv-cache-memory-bytes --num-pages --kv-cache-dtype
---enable-prefix-caching --max-num-seqs --max-num-batched-tokens --enable-chunked-prefill --scheduling-policy --max-num-queued-reqs
---logits-processors --platform --num-threads --programs --cpus --config
+--enable-prefix-caching --max-num-seqs --max-num-batched-tokens --enable-chunked-prefill
+--scheduling-policy --max-num-queued-reqs --logits-processors --platform --num-threads --programs
+--cpus --config
 """.split()
 
 SERVING = """
 --router-policy --max-num-inflight-reqs --max-num-inflight-tokens --stream-buffer-tokens
---slow-reader-timeout-s --shutdown-timeout-s --start-timeout-s --host --port --api-key
---allowed-origins --allowed-hosts --max-body-bytes --max-connections --header-timeout-s
---body-timeout-s --keep-alive-timeout-s --log-level
+--shutdown-timeout-s --host --port --api-key --allowed-origins --allowed-hosts --max-body-bytes
+--max-connections --header-timeout-s --body-timeout-s --log-level
 """.split()
 
 FLAGS = {

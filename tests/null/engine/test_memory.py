@@ -168,6 +168,11 @@ class PagesAreConserved(RuleBasedStateMachine):
         c = self.memory.counts()
         assert c.free + c.reusable + c.owned == c.total
 
+    @invariant()
+    def a_plan_shows_the_pages_as_they_are(self) -> None:
+        for table, _ in self.tables:
+            assert table.as_plan() == tuple(map(tuple, table.pages))
+
     def teardown(self) -> None:
         for table, _ in self.tables:
             self.memory.release(table)

@@ -46,6 +46,21 @@ def test_running_streams_go_before_a_long_prompt() -> None:
     assert [len(s.tokens) for s in plan.sequences] == [1, 63]
 
 
+def test_a_plan_goes_by_rank_whatever_the_order_of_admission_and_preemption() -> None:
+    engine = null_engine(config=SchedulerConfig(scheduling_policy="priority", max_num_batched_tokens=64))
+    for name, priority in (("c", 3), ("a", 1), ("d", 3), ("b", 2)):
+        engine.core.submit(spec(name, (1, 2, 3), max_tokens=50, priority=priority, ignore_eos=True))
+        engine.step()
+
+    def order() -> list[str]:
+        origins = [engine.core.scheduler.origin_of(s.seq_id) for s in plan_of(engine).sequences]
+        return [request_id for request_id, _ in filter(None, origins)]
+
+    assert order() == ["a", "b", "c", "d"]
+    assert engine.core.scheduler.preempt_all() == 4
+    assert order() == ["a", "b", "c", "d"]
+
+
 def test_chunk_borders_do_not_change_tokens() -> None:
     results = []
     for budget in (16, 64, 512):

@@ -86,7 +86,8 @@ class PagePool:
         if self._refs[page] == 0:
             self._num_owned -= 1
             if self._keys[page] is None:
-                self._free.append(page)
+                # To the front: what was in use a moment ago is backed by memory, and warm in the caches.
+                self._free.appendleft(page)
             else:
                 self._reusable[page] = None
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from xllm.arch import ArchConfig
 from xllm.codes import GroupCodes
 from xllm.config.schema import EngineConfig
+from xllm.engine.kernels.programs import ProgramCounters
 from xllm.engine.plan import StepPlan, StepResult
 from xllm.engine.sampling import Sampler
 from xllm.types import KVLayout
@@ -26,6 +27,9 @@ class TensorSource(Protocol):
 
     def identity(self) -> str:
         """Names these very bytes on this machine; "" when nothing vouches for them."""
+
+    def release(self) -> None:
+        """Give back the memory that reading took; reading again is allowed."""
 
     def names(self) -> Sequence[str]: ...
 
@@ -50,6 +54,10 @@ class Runner(Protocol):
     def numerics(self) -> tuple[str, ...]:
         """The platform's part of the numerics class: everything of it that may change a bit of the
         logits (kernels and version, dtype, ISA), and nothing else (no thread counts)."""
+
+    @property
+    def program_counters(self) -> ProgramCounters | None:
+        """What was recorded and replayed so far; None where every step is run op by op."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run the step. A failure in one sequence's sampling is that sequence's `error`; running a

@@ -87,6 +87,13 @@ def isa() -> str:
     return "unknown"
 
 
+def trim_heap() -> None:
+    """Hand freed memory back to the system: what loading took in pieces, the C library keeps otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # a C library without it has its own way
+        trim(ctypes.c_size_t(0))
+
+
 def no_cuda_driver() -> str | None:
     """Why no library whatever can use a CUDA device here; None where one may."""
     try:

@@ -13,6 +13,7 @@ from xllm.engine.model.layout import ORDER, kv_layout
 from xllm.engine.model.registry import find_model
 from xllm.engine.model.weights import Kept, load_weights, weight_bytes
 from xllm.engine.platform.base import BuiltRunner, TensorSource
+from xllm.engine.platform.host import trim_heap
 from xllm.engine.runner.kv_size import DTYPE_BYTES, choose_num_pages
 from xllm.engine.runner.runner import ModelRunner
 from xllm.engine.sampling import Sampler
@@ -52,9 +53,12 @@ def load_runner(
             param="dtype",
         )
     weights = load_weights(model, arch, tensors, ops, max_model_len, kept)
+    tensors.release()
     # One layer has every shape of the others; vectors are not multiplied.
     shapes = [weights.layers[0][key] for key in ("qkv", "o", "gate_up", "down") if key in weights.layers[0]]
     ops.probe([*shapes, weights.top["head"]])
+    # Loading and probing leave up to half a gigabyte of freed arrays behind in the C library.
+    trim_heap()
     layout = kv_layout(arch, kv_dtype or dtype, kv_order)
     num_pages, why_pages = choose_num_pages(layout, config, max_model_len, free_bytes())
     runner = ModelRunner(model, arch, weights, ops, layout, num_pages, sampler, numerics)

@@ -25,6 +25,7 @@ class NullRunner:
 
     deterministic = True
     numerics = ("null",)
+    program_counters = None
 
     def __init__(
         self,

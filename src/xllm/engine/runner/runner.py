@@ -69,6 +69,10 @@ class ModelRunner:
     def numerics(self) -> tuple[str, ...]:
         return self._numerics
 
+    @property
+    def program_counters(self) -> ProgramCounters | None:
+        return None if self.programs is None else self.programs.counters
+
     def record(self, make: MakePrograms) -> ProgramCounters:
         """Replay from now on what `make` records of the model; raises what it raises."""
         model, arch, weights, kv = self._model, self._arch, self._weights, self._kv

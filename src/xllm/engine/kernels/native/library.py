@@ -18,7 +18,7 @@ ERROR_MEMORY = 1
 STOPPED = 3
 """No error: a program came to the end of a layer and was asked to stop there."""
 
-CLASS_NAMES = {1: "bf16", 2: "w8g32", 3: "w4g32"}
+CLASS_NAMES = {1: "bf16", 2: "w8g32", 3: "w4g32", 4: "w8g16", 5: "w8a8"}
 
 _P, _I, _L, _F = c_void_p, c_int32, c_int64, c_float
 
@@ -31,6 +31,9 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "xn_pack_bf16": (_I, (_P, _P, _L, _L, _P)),
     "xn_pack_w8g32": (_I, (_P, _P, _P, _P, _L, _L, _P)),
     "xn_pack_w4g32": (_I, (_P, _P, _P, _P, _L, _L, _P)),
+    "xn_pack_w8g16": (_I, (_P, _P, _P, _P, _L, _L, _P)),
+    "xn_pack_w8a8": (_I, (_P, _P, _P, _L, _L, _P)),
+    "xn_quantize_w8a8": (_I, (_P, _P, _L, _L, _P)),
     "xn_quantize_w8g32": (_I, (_P, _P, _L, _L, _P)),
     "xn_quantize_w4g32": (_I, (_P, _P, _L, _L, _P)),
     "xn_matrix_free": (None, (_P,)),
@@ -48,6 +51,8 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "xn_round_rows": (_I, (_P, _P, _P, _L, _L, _P)),
     "xn_rms_norm_rounded": (_I, (_P, _P, _P, _L, _L, _P, _F, _F, _P)),
     "xn_linear_fused": (_I, (_P, _P, _P, _P, _L, _L, _P, _I, _P, _L, _P, _L)),
+    "xn_multiply": (_L, (_I, _L)),
+    "xn_read_memory": (_L, (_P, _P, _L)),
     "xn_embedding": (_I, (_P, _P, _P, _L, _F, _P, _L)),
     "xn_rms_norm": (_I, (_P, _P, _L, _L, _L, _L, _P, _F, _F, _P, _L)),
     "xn_add": (_I, (_P, _P, _L, _P, _L, _L, _L, _P, _L)),

@@ -16,9 +16,20 @@ from xllm.engine.kernels.ops import F32
 from xllm.errors import InternalError
 
 Bytes = npt.NDArray[np.uint8]
-WeightClass = Literal["bf16", "w8g32", "w4g32"]
+WeightClass = Literal["bf16", "w8g32", "w4g32", "w8a8"]
+"""What float32 rows can be packed as. A file's codes may make a `w8g16` besides."""
 
-_PACKERS = {"bf16": "xn_pack_bf16", "w8g32": "xn_quantize_w8g32", "w4g32": "xn_quantize_w4g32"}
+_PACKERS = {
+    "bf16": "xn_pack_bf16",
+    "w8g32": "xn_quantize_w8g32",
+    "w4g32": "xn_quantize_w4g32",
+    "w8a8": "xn_quantize_w8a8",
+}
+_CODE_PACKERS = {(8, 32): "xn_pack_w8g32", (4, 32): "xn_pack_w4g32", (8, 16): "xn_pack_w8g16"}
+"""By bits and columns of a group."""
+
+_MAX_CHANNEL_INPUTS = 1 << 16
+"""Beyond, the integer sum of a `w8a8` row could overflow."""
 
 
 class Packer:
@@ -30,10 +41,11 @@ class Packer:
         self.num_bytes: Counter[str] = Counter()
 
     def values(self, values: F32, weight_class: WeightClass) -> Matrix:
-        """(out, in) in the class; widths that are no multiple of a group stay bf16."""
+        """(out, in) in the class; widths that are no multiple of a group or too large stay bf16."""
         values = np.ascontiguousarray(values, dtype=np.float32)
         num_out, num_in = values.shape
-        pack = getattr(self._lib, _PACKERS["bf16" if num_in % GROUP_SIZE else weight_class])
+        unfit = num_in % GROUP_SIZE or (weight_class == "w8a8" and num_in > _MAX_CHANNEL_INPUTS)
+        pack = getattr(self._lib, _PACKERS["bf16" if unfit else weight_class])
         made = ctypes.c_void_p()
         check(pack(self._pool, values.ctypes.data, num_out, num_in, ctypes.addressof(made)))
         return self._counted(made)
@@ -44,7 +56,7 @@ class Packer:
         scales = np.ascontiguousarray(codes.scales, dtype=np.float32)
         mins = None if codes.mins is None else np.ascontiguousarray(codes.mins, dtype=np.float32)
         min_ptr = None if mins is None else mins.ctypes.data
-        pack = self._lib.xn_pack_w4g32 if codes.bits == 4 else self._lib.xn_pack_w8g32
+        pack = getattr(self._lib, _CODE_PACKERS[codes.bits, codes.group_size])
         made = ctypes.c_void_p()
         made_ptr = ctypes.addressof(made)
         check(pack(self._pool, own.ctypes.data, scales.ctypes.data, min_ptr, *own.shape, made_ptr))
