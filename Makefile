@@ -15,7 +15,7 @@ TEST_STAMP := $(VENV)/.xllm-test-setup
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test-setup kernels model serve test lint null reference native integration robustness bench-ttft bench-serve bench-client bench-overhead bench-peers bench-compare bench-rates bench-step bench-perplexity soak freeze clean
+.PHONY: help setup test-setup kernels model serve test lint null reference native integration robustness exactness sanitize bench-ttft bench-serve bench-client bench-overhead bench-peers bench-compare bench-rates bench-step bench-perplexity soak freeze clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -74,6 +74,12 @@ integration: test-setup kernels model  ## tests with real processes and the real
 
 robustness: test-setup  ## hostile and fault tests that take minutes; not part of `make test`
 	@$(BIN)/python -m pytest tests/robustness -s --timeout=1200
+
+exactness: test-setup kernels  ## bitwise logits on native, every model here and every weight class; minutes
+	@$(BIN)/python -m pytest tests/matrix -q -rs $(ARGS)
+
+sanitize: test-setup  ## the native code and its tests under address, undefined-behaviour and thread sanitisers; minutes
+	@$(BIN)/python tools/sanitize.py $(ARGS)
 
 soak: test-setup kernels model  ## ten minutes of mixed native load with aborts: memory flat, pages conserved, replays equal
 	@$(BIN)/python -m benchmarks.soak --model $(MODEL) $(ARGS)

@@ -112,13 +112,24 @@ def test_every_path_is_exact_within_itself(isa: str, weight_class, prompt) -> No
     runner = make_native_runner(arch, DummySource(arch), weight_class, NUM_PAGES, isa=isa)
     assert runner.deterministic
 
-    def run(chunk: int | None) -> np.ndarray:
-        driver = Driver(runner, NUM_PAGES)
-        return driver.prefill(driver.new(prompt), chunk).rows()
+    one_thread = make_native_runner(
+        arch, DummySource(arch), weight_class, NUM_PAGES, isa=isa, num_threads=1, programs=False
+    )
+
+    def run(chunk: int | None, on: ModelRunner = runner, company: int = 0) -> np.ndarray:
+        driver = Driver(on, NUM_PAGES)
+        target = driver.new(prompt)
+        others = [driver.new(prompt[20 + i :]) for i in range(company)]
+        while target.computed < PROMPT_LEN:
+            left = PROMPT_LEN - target.computed
+            driver.step(*[(o, 1 + i) for i, o in enumerate(others)], (target, min(left, chunk or left)))
+        return target.rows()
 
     alone = run(None)
     for chunk in (1, 7, 64):
         assert_same(run(chunk), alone)
+    assert_same(run(50, company=5), alone)
+    assert_same(run(90, on=one_thread), alone)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from xllm.engine.kernels.native.isa import ISAS, LIBRARIES, SOURCES, Isa, library_path, source_digest
+from xllm.engine.kernels.native.isa import ISAS, SOURCES, Isa, library_path, source_digest
 
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = (
@@ -25,15 +25,18 @@ FLAGS = (
 _PARALLEL = 2
 
 
-def build(isas: Sequence[Isa], *, extra: Sequence[str] = ()) -> list[str]:
-    """Build what is missing; a line per path that says what was done or why not."""
+def build(isas: Sequence[Isa], *, extra: Sequence[str] = (), directory: Path | None = None) -> list[str]:
+    """Build what is missing; a line per path that says what was done or why not.
+
+    `extra` flags do not show in a library's name, so they want a `directory` of their own.
+    """
     digest = source_digest()
     if digest is None:
         return ["native kernels: no source tree here; nothing to build"]
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         return [f"native kernels: no C++ compiler ({', '.join(COMPILERS)}); the reference platform serves"]
-    return [_build_one(compiler, isa, library_path(isa, digest), extra) for isa in isas]
+    return [_build_one(compiler, isa, library_path(isa, digest, directory), extra) for isa in isas]
 
 
 def _build_one(compiler: str, isa: Isa, target: Path, extra: Sequence[str]) -> str:
@@ -60,7 +63,7 @@ def _build_one(compiler: str, isa: Isa, target: Path, extra: Sequence[str]) -> s
             return f"native kernels: {isa.name}: the compiler failed\n" + "\n".join(failed)
         # Another process may build the same; a rename gives both a whole file.
         library.replace(target)
-    for old in LIBRARIES.glob(f"xllm_native-{isa.name}-*.so"):
+    for old in target.parent.glob(f"xllm_native-{isa.name}-*.so"):
         if old != target:
             old.unlink(missing_ok=True)
     return f"native kernels: {isa.name}: built {target.name}"

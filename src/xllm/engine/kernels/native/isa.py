@@ -68,8 +68,8 @@ def source_digest() -> str | None:
     return digest.hexdigest()[:16]
 
 
-def library_path(isa: Isa, digest: str) -> Path:
-    return LIBRARIES / f"xllm_native-{isa.name}-{digest}.so"
+def library_path(isa: Isa, digest: str, directory: Path | None = None) -> Path:
+    return (directory or LIBRARIES) / f"xllm_native-{isa.name}-{digest}.so"
 
 
 def find_library(isa: Isa) -> Path | None:
