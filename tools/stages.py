@@ -35,13 +35,13 @@ BIN = Path(sys.executable).parent
 
 STAGES = (
     Stage(name="ruff", budget_s=5, command=(str(BIN / "ruff"), "check", ".")),
-    Stage(name="mypy", budget_s=75, command=(str(BIN / "mypy"),)),
-    Stage(name="contracts", budget_s=15, command=(str(BIN / "lint-imports"), "--verbose")),
+    Stage(name="mypy", budget_s=60, command=(str(BIN / "mypy"),)),
+    Stage(name="contracts", budget_s=10, command=(str(BIN / "lint-imports"), "--verbose")),
     # Two workers: these tests are single-threaded Python. The other stages own both cores themselves.
-    Stage(name="null", budget_s=100, command=_pytest("null", "-n", "2")),
+    Stage(name="null", budget_s=80, command=_pytest("null", "-n", "2")),
     Stage(name="reference", budget_s=165, command=_pytest("reference")),
-    Stage(name="native", budget_s=110, command=_pytest("native")),
-    Stage(name="integration", budget_s=130, command=_pytest("integration")),
+    Stage(name="native", budget_s=160, command=_pytest("native")),
+    Stage(name="integration", budget_s=120, command=_pytest("integration")),
 )
 
 
