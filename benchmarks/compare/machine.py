@@ -58,7 +58,7 @@ def without_places(text: str, places: Mapping[str, Path]) -> str:
         text = text.replace(str(path.resolve()), name)
         if path.is_absolute():
             text = text.replace(str(path), name)
-    return text
+    return text.replace(f"{Path.home()}/", "~/")
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,6 +156,7 @@ def test_results_name_no_folder_of_the_machine(tmp_path: Path) -> None:
     places = {".peers": tmp_path, "RESULTS": Path("here")}
     told = machine.without_places(text, places)
     assert told == "--model .peers/weights/bf16 --out here --peers-dir .peers 3/4"
+    assert machine.without_places(f"in {Path.home()}/.cache/x", {}) == "in ~/.cache/x"
 
 
 def test_every_encoding_of_a_peer_has_one_of_ours_to_stand_against() -> None:
