@@ -27,7 +27,7 @@ class ModelConfig:
     quantize: Literal["auto", "none", "file", "w8g32", "w4g32", "w8a8"] = option(
         "auto",
         "weights on the native platform; none = bfloat16, file = codes as the file has them, "
-        "w8a8 = fastest, some accuracy lost",
+        "w8a8 = fastest for large batches, some accuracy lost",
     )
     weights_cache: str = option(
         "auto",
