@@ -95,6 +95,7 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
     `emitted` holds, per choice, the tokens already delivered by an earlier attempt; they are
     *output*, so penalties, min_tokens, max_tokens and the random counter go on where they were.
+    `ended` lists the choices that are complete; no engine computes anything for them again.
     `deadline_ms` is the time left, not a wall time.
     """
 
@@ -112,6 +113,7 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     trace: str | None = None
     attempt: int = 0
     emitted: tuple[tuple[int, ...], ...] = ()
+    ended: tuple[int, ...] = ()
 
     @property
     def prompt_token_ids(self) -> tuple[int, ...]:
@@ -194,6 +196,9 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Immutable view of an engine: metrics, router and tests read the same thing.
 
     Page counts are summed over KV groups; `prefix_queries`/`prefix_hits` count tokens.
+    `backlog_tokens` are prompt rows of accepted requests not yet computed; `num_decoding` sequences
+    draw a token in every step and stand on `decode_context` tokens together. `cost` holds the fitted
+    coefficients of `cost.StepCost` (empty = not known yet), `cost_error` their relative error.
     """
 
     step: int = 0
@@ -217,3 +222,9 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     program_replays: int = 0
     num_eager_steps: int = 0
     program_arena_bytes: int = 0
+    backlog_tokens: int = 0
+    num_decoding: int = 0
+    decode_context: int = 0
+    cost: tuple[float, ...] = ()
+    cost_error: float = 0.0
+    draining: bool = False

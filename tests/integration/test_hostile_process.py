@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import socket
 import struct
@@ -100,13 +101,12 @@ def house(smollm2: str) -> Iterator[House]:
     flags = {
         "--platform": "null",
         "--max-model-len": str(CTX),
-        "--header-timeout-s": "1",
-        "--body-timeout-s": "1",
-        "--max-body-bytes": str(MAX_BODY),
         "--max-num-seqs": "8",
         "--max-num-queued-reqs": "8",
     }
-    with serve(smollm2, *(word for flag in flags.items() for word in flag)) as server:
+    limits = {"XLLM_HEADER_TIMEOUT_S": "1", "XLLM_BODY_TIMEOUT_S": "1", "XLLM_MAX_BODY_BYTES": str(MAX_BODY)}
+    words = (word for flag in flags.items() for word in flag)
+    with serve(smollm2, *words, env={**os.environ, **limits}) as server:
         made = House(server)
         yield made
         made.client.close()

@@ -13,14 +13,14 @@ from xllm.api.app import create_app
 from xllm.api.metrics import Metrics
 from xllm.api.server import HttpServer
 from xllm.clock import Clock, SystemClock
-from xllm.config import EngineConfig, FrontConfig, ServerConfig
+from xllm.config import ClusterConfig, EngineConfig, FrontConfig, ServerConfig
 from xllm.config.load import Loaded
 from xllm.config.report import StartupReport, sources_lines
 from xllm.errors import ConfigError
 from xllm.service.local import LocalService
 from xllm.types import ModelCard
 
-SECTIONS = (EngineConfig, FrontConfig, ServerConfig)
+SECTIONS = (EngineConfig, FrontConfig, ClusterConfig, ServerConfig)
 
 Say = Callable[[str], None]
 

@@ -6,6 +6,7 @@ the environment. No component takes more than its own dataclass.
 
 from xllm.config.schema import (
     CacheConfig,
+    ClusterConfig,
     EngineConfig,
     FrontConfig,
     ModelConfig,
@@ -16,6 +17,7 @@ from xllm.config.schema import (
 
 __all__ = [
     "CacheConfig",
+    "ClusterConfig",
     "EngineConfig",
     "FrontConfig",
     "ModelConfig",

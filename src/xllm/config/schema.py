@@ -92,15 +92,62 @@ class EngineConfig:
 class FrontConfig:
     """Admission, routing and failure limits of the front."""
 
-    router_policy: str = option("round-robin", "round-robin, or an entry point of xllm.router_policies")
+    router_policy: str = option(
+        "round-robin",
+        "round-robin, least-load, cache-aware, slo-aware, or an entry point of xllm.router_policies",
+    )
     max_num_inflight_reqs: int = option(1024, "accepted and not yet ended requests; beyond: 429")
-    max_num_inflight_tokens: int = option(4_194_304, "prompt tokens of those requests; beyond: 429")
-    stream_buffer_tokens: int = option(4096, "tokens kept for a slow reader before its request is cancelled")
+    max_num_inflight_tokens: int = option(
+        4_194_304, "prompt tokens of those requests; beyond: 429", has_flag=False
+    )
+    max_kv_oversubscription: float = option(
+        4.0, "predicted KV pages of those requests over the pages there are; beyond: 429", has_flag=False
+    )
+    max_queue_delay_s: float = option(
+        5.0, "predicted wait for a first token; beyond, and nothing idle: 429; 0 = no limit", has_flag=False
+    )
+    stream_buffer_tokens: int = option(
+        4096, "tokens kept for a slow reader before its request is cancelled", has_flag=False
+    )
     slow_reader_timeout_s: float = option(
         30.0, "seconds a full stream buffer may stand still", has_flag=False
     )
     shutdown_timeout_s: float = option(30.0, "seconds running requests may take to end on SIGTERM")
     start_timeout_s: float = option(600.0, "seconds an engine may take to load", has_flag=False)
+    suspect_floor_s: float = option(
+        2.0, "seconds without progress before an engine is suspected, at least", has_flag=False
+    )
+    suspect_factor: float = option(
+        5.0, "or this many times the predicted rest of its step, if that is longer", has_flag=False
+    )
+    hang_kill_s: float = option(
+        10.0, "seconds a suspect may stay silent before a local one is killed", has_flag=False
+    )
+    recovery_grace_s: float = option(
+        30.0, "seconds running requests wait for an instance when none is left", has_flag=False
+    )
+    max_resumes: int = option(8, "requests that one instance takes over at a time", has_flag=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """Who belongs together and how they find each other. Keys and addresses of the inside, never HTTP."""
+
+    instances: str = option("mixed:1", "engines that serve starts, as role:count")
+    registry: str = option("embedded", "embedded, or etcd://host:port[,host:port] for several machines")
+    cluster: str = option(
+        "default", "name of the cluster in the registry; members of others are refused", has_flag=False
+    )
+    cluster_key_file: str | None = option(
+        None, "file with the key that members prove to know; needed beyond this machine"
+    )
+    listen: str = option("127.0.0.1:0", "address an instance takes fronts on")
+    advertise: str | None = option(
+        None, "address told to fronts, if it is not the one listened on", has_flag=False
+    )
+    instance_id: str | None = option(None, "lasting name of an instance; default: drawn", has_flag=False)
+    lease_ttl_s: float = option(5.0, "seconds until a silent member leaves the registry", has_flag=False)
+    relist_s: float = option(10.0, "seconds between two full readings of the registry", has_flag=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,11 +157,22 @@ class ServerConfig:
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0 = any free one")
     api_key: tuple[str, ...] = option((), "accepted bearer keys; none = open")
+    admin_key: tuple[str, ...] = option(
+        (), "keys for /instances and the like; none = api_key, and those of this machine only", has_flag=False
+    )
+    ssl_certfile: str | None = option(None, "PEM file with the certificate chain; turns TLS on")
+    ssl_keyfile: str | None = option(None, "PEM file with its private key")
+    usage_db: str | None = option(
+        None, "SQLite file for usage records, one row per ended request", has_flag=False
+    )
+    otlp_endpoint: str | None = option(
+        None, "OTLP/HTTP address that traces go to, e.g. http://host:4318", has_flag=False
+    )
     allowed_origins: tuple[str, ...] = option((), "CORS origins; default: none")
     allowed_hosts: tuple[str, ...] = option((), "accepted Host names beyond the bound address and localhost")
-    max_body_bytes: int = option(32 * 1024 * 1024, "largest request body")
-    max_connections: int = option(1024, "open connections; beyond: closed at once")
-    header_timeout_s: float = option(10.0, "seconds for the request head")
-    body_timeout_s: float = option(30.0, "seconds for the request body")
+    max_body_bytes: int = option(32 * 1024 * 1024, "largest request body", has_flag=False)
+    max_connections: int = option(1024, "open connections; beyond: closed at once", has_flag=False)
+    header_timeout_s: float = option(10.0, "seconds for the request head", has_flag=False)
+    body_timeout_s: float = option(30.0, "seconds for the request body", has_flag=False)
     keep_alive_timeout_s: float = option(75.0, "seconds an idle connection is kept", has_flag=False)
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "least severity that is logged")

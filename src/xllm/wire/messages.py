@@ -12,14 +12,33 @@ from xllm.config import EngineConfig
 from xllm.errors import ErrorInfo
 from xllm.types import EngineSnapshot, FinishReason, ModelCard, RequestSpec, TokenLogprobs
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
-    """First message of each side. Versions N and N−1 talk; anything else is refused by name."""
+    """First message of each side. Versions N and N−1 talk; anything else is refused by name.
+
+    `peer_id` is the sender's lasting name in the cluster, `incarnation` is drawn anew by each process.
+    `nonce` is what the other side's Proof must cover; empty on an inherited socket, where nobody else
+    can be at the other end and no proof is asked for.
+    """
 
     version: int = WIRE_VERSION
     incarnation: str = ""
+    role: str = ""
+    peer_id: str = ""
+    cluster: str = ""
+    nonce: bytes = b""
+
+
+class Proof(msgspec.Struct, frozen=True, kw_only=True, tag="proof"):
+    """Second message of each side on a network connection: knowledge of the cluster's key (`wire.proof`)."""
+
+    mac: bytes
+
+
+class Attach(msgspec.Struct, frozen=True, kw_only=True, tag="attach"):
+    """Front → engine that has loaded already: take requests from me, too. Answered by Ready."""
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
@@ -46,6 +65,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     card: ModelCard
     pid: int
     report: tuple[str, ...] = ()
+    max_reqs: int | None = None
+    phases: tuple[str, ...] = ("prefill", "decode")
 
 
 class StartFailed(msgspec.Struct, frozen=True, kw_only=True, tag="start_failed"):
@@ -91,7 +112,8 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True, tag="frame", omit_default
 
     Exactly one frame per accepted request has `last=True`: its terminal event. A frame with
     `error` ends the request (choice is then the culprit or 0).
-    `num_cached_tokens` counts prompt tokens that came from the prefix cache.
+    `num_cached_tokens` counts prompt tokens that came from the prefix cache; `queue_ms` and `prefill_ms`
+    tell how long this attempt waited and how long it then took to its first token.
     """
 
     request_id: str
@@ -106,6 +128,8 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True, tag="frame", omit_default
     error: ErrorInfo | None = None
     num_cached_tokens: int = 0
     queue_ms: float = 0.0
+    prefill_ms: float = 0.0
+    num_preemptions: int = 0
     last: bool = False
 
 
@@ -122,9 +146,45 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     snapshot: EngineSnapshot
 
 
+class Pulse(msgspec.Struct, frozen=True, kw_only=True, tag="pulse"):
+    """Engine → front every PULSE_S from the I/O thread, whatever the step thread does.
+
+    (`step`, `layer`) is the progress: while `busy` it must advance, or the engine hangs. `predicted_ms` is
+    what the running step was expected to take in all, `step_age_ms` how long it has run. A pulse that says
+    nothing of progress is a sign of life of the process only.
+    """
+
+    step: int
+    layer: int = 0
+    busy: bool = False
+    step_age_ms: float = 0.0
+    predicted_ms: float = 0.0
+
+
+PULSE_S = 0.5
+
+
+class KvDelta(msgspec.Struct, frozen=True, kw_only=True, tag="kv_delta", omit_defaults=True):
+    """Engine → front: pages (by digest) that became readable or were lost, in the order it happened.
+
+    `seq` counts deltas of this connection from 0 without gaps; `reset` = `stored` is everything there is
+    now and older knowledge is void (the first delta is one). Within one delta `removed` comes first.
+    """
+
+    seq: int
+    stored: tuple[bytes, ...] = ()
+    removed: tuple[bytes, ...] = ()
+    reset: bool = False
+    tier: str = "device"
+
+
+class KvSync(msgspec.Struct, frozen=True, kw_only=True, tag="kv_sync"):
+    """Front → engine: a gap was seen; send a delta with `reset`."""
+
+
 class Drain(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
     """Front → engine: accept nothing new, finish what runs, then exit."""
 
 
-FrontMessage = Hello | Start | AssetRequest | Submit | Abort | Committed | Drain
-EngineMessage = Hello | Progress | Ready | StartFailed | Asset | Frames | Stats
+FrontMessage = Hello | Proof | Start | Attach | AssetRequest | Submit | Abort | Committed | KvSync | Drain
+EngineMessage = Hello | Proof | Progress | Ready | StartFailed | Asset | Frames | Stats | Pulse | KvDelta

@@ -19,9 +19,9 @@ SETTINGS = """
 """.split()
 
 SERVING = """
---router-policy --max-num-inflight-reqs --max-num-inflight-tokens --stream-buffer-tokens
---shutdown-timeout-s --host --port --api-key --allowed-origins --allowed-hosts --max-body-bytes
---max-connections --header-timeout-s --body-timeout-s --log-level
+--router-policy --max-num-inflight-reqs --shutdown-timeout-s --instances --registry --cluster-key-file
+--listen
+--host --port --api-key --allowed-origins --allowed-hosts --ssl-certfile --ssl-keyfile --log-level
 """.split()
 
 FLAGS = {

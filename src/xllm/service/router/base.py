@@ -15,30 +15,41 @@ from xllm.types import SLO, EngineSnapshot, RequestClass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestView:
-    """What placing a request may depend on."""
+    """What placing a request may depend on. `num_emitted` > 0: an earlier attempt got that far."""
 
     request_id: str
     model: str
     num_prompt_tokens: int
     num_choices: int = 1
+    max_tokens: int = 16
     cls: RequestClass = "online"
     priority: int = 0
     slo: SLO = SLO()
     attempt: int = 0
+    num_emitted: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceView:
-    """One live instance that serves the request's model. `max_reqs` None = it does not say."""
+    """One instance that may take the request: alive, not suspect, not draining, of the request's model.
+
+    `num_reqs`, `backlog_tokens` and `context_tokens` are this front's own: placed and not ended, prompt
+    rows of those that have not answered yet, tokens of those that have. `engine` is the engine's own
+    word, at most a step old, and counts other fronts' requests too. `matched` is (tier, leading prompt
+    tokens readable there), best tier first. `max_reqs` None = it does not say.
+    """
 
     name: str
     num_reqs: int
     max_reqs: int | None
     engine: EngineSnapshot
+    backlog_tokens: int = 0
+    context_tokens: int = 0
+    matched: tuple[tuple[str, int], ...] = ()
 
     @property
     def has_room(self) -> bool:
-        return self.max_reqs is None or self.num_reqs < self.max_reqs
+        return self.max_reqs is None or max(self.num_reqs, self.engine.num_requests) < self.max_reqs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +62,14 @@ class RouterSnapshot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """`instance` is a name of the snapshot; `reasons` are for the decision log."""
+    """`instance` is a name of the snapshot; `reasons` and `scores` (per candidate, higher is better) are
+    for the decision log and `xllm explain`. Predictions are None where the policy makes none."""
 
     instance: str
     reasons: tuple[str, ...]
+    scores: tuple[tuple[str, float], ...] = ()
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
 
 
 RouterPolicy = Callable[[RequestView, RouterSnapshot, FrontConfig], Placement | None]
