@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 from xllm.clock import Clock
 from xllm.config import FrontConfig
-from xllm.errors import AbortedError, CapacityError, InternalError, UnavailableError, XllmError
-from xllm.service.admission import RETRY_AFTER_S, Admission
+from xllm.errors import AbortedError, InternalError, UnavailableError, XllmError
+from xllm.service.admission import Admission, Ask
 from xllm.service.assemble import assemble
 from xllm.service.catalogue import Catalogue
 from xllm.service.choice_text import choice_text
@@ -68,9 +68,7 @@ class Front:
         self._clock = clock
         self._observer = observer if observer is not None else NullObserver()
         self._catalogue = Catalogue()
-        self._admission = Admission(
-            max_reqs=config.max_num_inflight_reqs, max_tokens=config.max_num_inflight_tokens
-        )
+        self._admission = Admission(config)
         self._limits = StreamLimits(
             buffer_tokens=config.stream_buffer_tokens, stall_s=config.slow_reader_timeout_s
         )
@@ -146,13 +144,15 @@ class Front:
         candidates = self._catalogue.serving(draft.model)
         text = self._catalogue.text(draft.model)
         spec = assemble(draft, candidates[0].card, text)
-        instance = self._place(spec, candidates)
+        views = self._views(candidates)
+        instance = self._place(spec, candidates, views)
         journal = RequestJournal(
             spec,
             head_width=instance.card.head_width,
             make_text=lambda: choice_text(text, spec.params),
         )
-        self._admission.admit(journal.num_prompt_tokens)
+        self._admission.admit(Ask.of(spec), views, self._clock.monotonic_s())
+        self._admission.placed(spec.request_id, instance.name)
         deadline_s = None if spec.deadline_ms is None else self._clock.monotonic_s() + spec.deadline_ms / 1000
         live = LiveRequest(
             journal,
@@ -174,7 +174,15 @@ class Front:
             placed.live.fail(AbortedError("the request was aborted"))
         return placed is not None
 
-    def _place(self, spec: RequestSpec, candidates: tuple[Instance, ...]) -> Instance:
+    def _views(self, candidates: tuple[Instance, ...]) -> tuple[InstanceView, ...]:
+        return tuple(
+            InstanceView(name=i.name, num_reqs=len(i.requests), max_reqs=i.max_reqs, engine=i.snapshot)
+            for i in candidates
+        )
+
+    def _place(
+        self, spec: RequestSpec, candidates: tuple[Instance, ...], views: tuple[InstanceView, ...]
+    ) -> Instance:
         view = RequestView(
             request_id=spec.request_id,
             model=spec.model,
@@ -185,15 +193,11 @@ class Front:
             slo=spec.slo,
             attempt=spec.attempt,
         )
-        views = tuple(
-            InstanceView(name=i.name, num_reqs=len(i.requests), max_reqs=i.max_reqs, engine=i.snapshot)
-            for i in candidates
-        )
         snapshot = RouterSnapshot(instances=views, turn=self._turns[spec.model])
         placement = self._router(view, snapshot, self._config)
         if placement is None:
-            message = "all instances of this model are full; try again later"
-            raise CapacityError(message, retry_after_s=RETRY_AFTER_S)
+            now_s = self._clock.monotonic_s()
+            raise self._admission.refused("instances", Ask.of(spec), views, now_s)
         self._turns[spec.model] += 1
         decisions.info(
             "place request=%s model=%s instance=%s reasons=%s",
@@ -230,6 +234,7 @@ class Front:
         placed.last_s = now_s
         if first:
             placed.first_s = now_s
+            self._admission.answered(live.request_id, placed.instance.snapshot, now_s)
         self._observer.on_delta(placed.instance.card.model_id, delta, gap_s, first=first)
 
     def _ended(self, live: LiveRequest, abort: bool) -> None:
@@ -239,7 +244,8 @@ class Front:
         placed.instance.forget(live.request_id, len(journal.choices))
         if abort:
             placed.instance.post(Abort(request_id=live.request_id, attempt=journal.attempt))
-        self._admission.release(journal.num_prompt_tokens)
+        lens = [len(c.tokens) for c in journal.choices]
+        self._admission.ended(live.request_id, lens, complete=live.error is None)
         record = self._tally.ended(
             live,
             model=placed.instance.card.model_id,
