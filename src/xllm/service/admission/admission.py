@@ -21,6 +21,9 @@ MAX_RETRY_AFTER_S = 60.0
 MAX_JITTER = 0.5
 """Clients refused in the same second shall not come back in the same second."""
 MAX_QUEUES = 1024
+STANDING = 0.4
+"""Part of max_queue_delay_s that counts once a queue has stood for longer than that: a burst deserves the
+whole; a queue that stays makes everybody wait and nothing faster, and must be gone soon afterwards."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +76,7 @@ class Admission:
         self._lengths = OutputLengths()
         self._shares = Shares()
         self._queues: OrderedDict[str, InstanceQueue] = OrderedDict()
+        self._queueing_since_s: dict[str, float] = {}
         self.num_tokens = 0
         self.num_refused: Counter[str] = Counter()
 
@@ -160,10 +164,18 @@ class Admission:
         wait_s = self.wait_s(views, now_s)
         if ask.deadline_ms is not None and wait_s * 1000 > ask.deadline_ms:
             return "deadline"
-        limit_s = config.max_queue_delay_s
+        limit_s = self._delay_limit_s(ask.model, wait_s, now_s)
         if limit_s and ask.cls == "online" and wait_s > limit_s * factor:
             return "delay"
         return None
+
+    def _delay_limit_s(self, model: str, wait_s: float, now_s: float) -> float:
+        limit_s = self._config.max_queue_delay_s
+        if wait_s <= 0.0:
+            self._queueing_since_s.pop(model, None)
+            return limit_s
+        stood_s = now_s - self._queueing_since_s.setdefault(model, now_s)
+        return limit_s * STANDING if stood_s > limit_s else limit_s
 
     def _predicted_pages(self, ask: Ask) -> int:
         out = self._lengths.predict(ask.model, ask.tenant, ask.max_tokens)
