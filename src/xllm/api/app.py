@@ -39,10 +39,14 @@ PlainEndpoint = Callable[[Request, Reply], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """`label` names the route in metrics and logs; the set of labels is closed."""
+    """`label` names the route in metrics and logs; the set of labels is closed.
+
+    `admin`: for administrators only (`auth.KeyRing.check`).
+    """
 
     label: str
     endpoint: PlainEndpoint
+    admin: bool = False
 
 
 class App:
@@ -52,7 +56,7 @@ class App:
         self._context = Context(front, clock)
         self._front = front
         self._metrics = metrics
-        self._keys = KeyRing(config.api_key)
+        self._keys = KeyRing(config.api_key, config.admin_key)
         self._hosts = HostRule(config.host, config.allowed_hosts)
         self._cors = CorsRule(config.allowed_origins)
         self.routes = self._route_table()
@@ -94,7 +98,8 @@ class App:
         if cors and self._cors.is_preflight(head):
             await reply.send(200, b"", PREFLIGHT_HEADERS)
             return
-        self._keys.check(head)
+        admin = route is not None and route.admin
+        request.caller = self._keys.check(head, request.peer, admin=admin)
         if methods is None:
             raise NotFoundError("There is no such route.", code="route_not_found")
         if route is None:
@@ -124,7 +129,9 @@ class App:
             "/version": self._version,
             "/metrics": self._show_metrics,
         }
+        admin_routes: dict[str, PlainEndpoint] = {}
         table = {("GET", path): Route(label=path, endpoint=e) for path, e in get_routes.items()}
+        table |= {("GET", p): Route(label=p, endpoint=e, admin=True) for p, e in admin_routes.items()}
         for path, endpoint in json_routes.items():
             table["POST", path] = Route(label=path, endpoint=self._json(endpoint))
         return table
