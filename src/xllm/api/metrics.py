@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from xllm.observability.buckets import LATENCY_S, LENGTH, TOKEN_S, TTFT_S
-from xllm.service.snapshot import FrontSnapshot, InstanceSnapshot, RequestRecord
+from xllm.service.snapshot import FrontSnapshot, InstanceSnapshot, NullObserver, RequestRecord
 from xllm.service.stream import Delta
 from xllm.types import EngineSnapshot, FinishReason, ModelCard
 
@@ -33,7 +33,7 @@ class Readable(Protocol):
     def models(self) -> list[ModelCard]: ...
 
 
-class Metrics:
+class Metrics(NullObserver):
     """A `FrontObserver` that also counts responses and renders everything."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class Metrics:
 
     # -- FrontObserver --------------------------------------------------------------------------
 
-    def on_delta(self, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
+    def on_delta(self, request_id: str, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
         if first:
             self._ttft.labels(model).observe(gap_s)
             return

@@ -23,10 +23,22 @@ FLUSH_S = 1.0
 _PLAIN = re.compile(r"[^\s\"'=\x00-\x1f]+")
 
 
-def log_event(logger: logging.Logger, event: str, /, *, level: int = logging.INFO, **facts: object) -> None:
-    """One structured line: `event name=value …`, or a JSON object with the names as members."""
-    if logger.isEnabledFor(level):
-        logger.log(level, event, extra={"facts": facts})
+def log_event(logger: logging.Logger, event: str, /, **facts: object) -> None:
+    """One structured line at info: `event name=value …`, or a JSON object with the names as members."""
+    if logger.isEnabledFor(logging.INFO):
+        logger.info(Event(event, facts))
+
+
+class Event:
+    """A log message that is an event with facts; anybody's formatter shows it as text."""
+
+    __slots__ = ("facts", "name")
+
+    def __init__(self, name: str, facts: dict[str, object]) -> None:
+        self.name, self.facts = name, facts
+
+    def __str__(self) -> str:
+        return self.name + "".join(f" {name}={_shown(value)}" for name, value in self.facts.items())
 
 
 class LineFormatter(logging.Formatter):
@@ -34,10 +46,6 @@ class LineFormatter(logging.Formatter):
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        pairs = "".join(f" {name}={_shown(value)}" for name, value in _facts(record).items())
-        return super().formatMessage(record) + pairs
 
     def format(self, record: logging.LogRecord) -> str:
         return super().format(record).encode("unicode_escape").decode("ascii")
@@ -47,16 +55,17 @@ class JsonFormatter(logging.Formatter):
     """{"ts", "level", "logger", "message"} per line, then the facts of the event."""
 
     def format(self, record: logging.LogRecord) -> str:
+        event = record.msg if isinstance(record.msg, Event) else None
         value: dict[str, object] = {
             "ts": round(record.created, 3),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": record.getMessage() if event is None else event.name,
         }
         if record.exc_info:
             value["traceback"] = self.formatException(record.exc_info)
         # The names above are the line's own: no fact can replace them.
-        return json.dumps({**value, **_facts(record), **value}, default=str)
+        return json.dumps({**value, **(event.facts if event else {}), **value}, default=str)
 
 
 class BoundedHandler(logging.Handler):
@@ -138,11 +147,6 @@ def setup_logging(
     root.setLevel(level.upper())
     root.propagate = False
     return handler
-
-
-def _facts(record: logging.LogRecord) -> dict[str, object]:
-    facts = getattr(record, "facts", None)
-    return facts if isinstance(facts, dict) else {}
 
 
 def _shown(value: object) -> str:

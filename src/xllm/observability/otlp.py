@@ -33,7 +33,8 @@ def make_tracer(endpoint: str | None, service: str, instance_id: str = "") -> Tr
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(
-            f"otlp_endpoint is {endpoint!r}; write http://HOST:PORT of an OTLP/HTTP receiver", param="otlp_endpoint"
+            f"otlp_endpoint is {endpoint!r}; write http://HOST:PORT of an OTLP/HTTP receiver",
+            param="otlp_endpoint",
         )
     path = parts.path.rstrip("/")
     url = endpoint if path.endswith("/v1/traces") else endpoint.rstrip("/") + "/v1/traces"
@@ -118,7 +119,7 @@ def _open_exporter(url: str, service: str, instance_id: str) -> tuple[Any, Any]:
 
     def context(of: SpanContext) -> Any:
         flags = trace.TraceFlags(trace.TraceFlags.SAMPLED)
-        return trace.SpanContext(int(of.trace_id, 16), int(of.span_id, 16), is_remote=False, trace_flags=flags)
+        return trace.SpanContext(int(of.trace_id, 16), int(of.span_id, 16), False, flags)
 
     def convert(span: Span) -> Any:
         parent = None

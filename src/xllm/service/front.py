@@ -22,7 +22,7 @@ from xllm.service.draft import RequestDraft
 from xllm.service.instances.instance import Instance
 from xllm.service.journal import RequestJournal
 from xllm.service.live import LiveHooks, LiveRequest, StreamLimits
-from xllm.service.router.base import InstanceView, RequestView, RouterPolicy, RouterSnapshot
+from xllm.service.router.base import InstanceView, Placement, RequestView, RouterPolicy, RouterSnapshot
 from xllm.service.router.registry import load_policy
 from xllm.service.snapshot import FrontObserver, FrontSnapshot, InstanceSnapshot, NullObserver
 from xllm.service.stream import Delta
@@ -33,7 +33,6 @@ from xllm.wire.messages import Abort, Frame, Submit
 from xllm.wire.stream import EngineStream
 
 log = logging.getLogger(__name__)
-decisions = logging.getLogger("xllm.decisions")
 
 
 class _Placed:
@@ -134,8 +133,9 @@ class Front:
         """
         try:
             live = self._submit(draft)
-        except XllmError:
+        except XllmError as error:
             self._tally.num_refused += 1
+            self._observer.on_refused(draft, error.code)
             raise
         self._tally.num_accepted += 1
         return live
@@ -146,7 +146,7 @@ class Front:
         candidates = self._catalogue.serving(draft.model)
         text = self._catalogue.text(draft.model)
         spec = assemble(draft, candidates[0].card, text)
-        instance = self._place(spec, candidates)
+        instance, placement = self._place(spec, candidates)
         journal = RequestJournal(
             spec,
             head_width=instance.card.head_width,
@@ -164,6 +164,8 @@ class Front:
         self._live[live.request_id] = _Placed(live, instance)
         instance.requests.add(live.request_id)
         self._idle.clear()
+        self._observer.on_accepted(draft, spec)
+        self._observer.on_placed(live.request_id, placement, spec.attempt)
         instance.post(Submit(spec=spec))
         return live
 
@@ -174,7 +176,7 @@ class Front:
             placed.live.fail(AbortedError("the request was aborted"))
         return placed is not None
 
-    def _place(self, spec: RequestSpec, candidates: tuple[Instance, ...]) -> Instance:
+    def _place(self, spec: RequestSpec, candidates: tuple[Instance, ...]) -> tuple[Instance, Placement]:
         view = RequestView(
             request_id=spec.request_id,
             model=spec.model,
@@ -195,17 +197,10 @@ class Front:
             message = "all instances of this model are full; try again later"
             raise CapacityError(message, retry_after_s=RETRY_AFTER_S)
         self._turns[spec.model] += 1
-        decisions.info(
-            "place request=%s model=%s instance=%s reasons=%s",
-            spec.request_id,
-            spec.model,
-            placement.instance,
-            ",".join(placement.reasons),
-        )
         chosen = next((i for i in candidates if i.name == placement.instance), None)
         if chosen is None:
             raise InternalError("the router policy chose an instance that it was not offered")
-        return chosen
+        return chosen, placement
 
     # -- what instances and streams tell -----------------------------------------------------------
 
@@ -230,7 +225,9 @@ class Front:
         placed.last_s = now_s
         if first:
             placed.first_s = now_s
-        self._observer.on_delta(placed.instance.card.model_id, delta, gap_s, first=first)
+            self._observer.on_first(live.request_id, live.journal.queue_ms / 1000)
+        model = placed.instance.card.model_id
+        self._observer.on_delta(live.request_id, model, delta, gap_s, first=first)
 
     def _ended(self, live: LiveRequest, abort: bool) -> None:
         placed = self._live.pop(live.request_id)

@@ -97,9 +97,7 @@ class NullObserver:
 
     def on_first(self, request_id: str, queue_s: float) -> None: ...
 
-    def on_delta(
-        self, request_id: str, model: str, delta: Delta, gap_s: float, *, first: bool
-    ) -> None: ...
+    def on_delta(self, request_id: str, model: str, delta: Delta, gap_s: float, *, first: bool) -> None: ...
 
     def on_moved(
         self, request_id: str, source: str, target: str, cause: str, gap_s: float, recompute_tokens: int

@@ -33,7 +33,7 @@ from xllm.errors import (
 )
 from xllm.service.front import Front
 from xllm.service.router.base import Placement
-from xllm.service.snapshot import RequestRecord
+from xllm.service.snapshot import NullObserver, RequestRecord
 from xllm.service.stream import Delta
 from xllm.testing.fake_engine import SampleEngine, sample_card
 from xllm.types import FinishReason
@@ -439,8 +439,8 @@ async def test_an_instance_cannot_speak_for_a_request_of_another(house: House) -
 async def test_the_observer_hears_of_output_and_of_one_end(house: House) -> None:
     heard: list[object] = []
 
-    class Observer:
-        def on_delta(self, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
+    class Observer(NullObserver):
+        def on_delta(self, request_id: str, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
             heard.append((model, len(delta.token_ids), gap_s, first))
 
         def on_ended(self, record: RequestRecord) -> None:

@@ -38,7 +38,7 @@ class FanOut:
         for observer in self._delta_observers:
             try:
                 observer.on_delta(request_id, model, delta, gap_s, first=first)
-            except Exception:
+            except Exception:  # noqa: BLE001  looking on must never cost a request
                 self._cut(observer)
 
     def on_moved(
@@ -56,7 +56,7 @@ class FanOut:
         for observer in self._observers:
             try:
                 getattr(observer, event)(*facts)
-            except Exception:
+            except Exception:  # noqa: BLE001  looking on must never cost a request
                 self._cut(observer)
 
     def _cut(self, observer: FrontObserver) -> None:

@@ -51,7 +51,9 @@ class RequestSpans(NullObserver):
             return
         now_s = self._clock.monotonic_s()
         start_s = now_s if draft.received_s is None else min(now_s, draft.received_s)
-        self._open[spec.request_id] = _Open(context, draft.trace_parent, draft.client_id, start_s, last_s=now_s)
+        self._open[spec.request_id] = _Open(
+            context, draft.trace_parent, draft.client_id, start_s, last_s=now_s
+        )
 
     def on_placed(self, request_id: str, placement: Placement, attempt: int) -> None:
         if (request := self._open.get(request_id)) is None:

@@ -54,7 +54,14 @@ class Timeline:
     )
 
     def __init__(
-        self, request_id: str, *, client_id: str, model: str, num_prompt_tokens: int, start_s: float, created_s: float
+        self,
+        request_id: str,
+        *,
+        client_id: str,
+        model: str,
+        num_prompt_tokens: int,
+        start_s: float,
+        created_s: float,
     ) -> None:
         self.request_id, self.client_id, self.model = request_id, client_id, model
         self.num_prompt_tokens = num_prompt_tokens
