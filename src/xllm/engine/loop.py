@@ -11,7 +11,9 @@ import queue
 from collections.abc import Callable, Mapping
 
 from xllm.engine.core import EngineCore
+from xllm.engine.tracing import RequestTracer
 from xllm.errors import ErrorInfo, XllmError
+from xllm.observability.tracing import NullTracer
 from xllm.types import FinishReason
 from xllm.wire.messages import (
     Abort,
@@ -40,8 +42,11 @@ class EngineLoop:
         assets: Mapping[str, bytes],
         inbox: queue.SimpleQueue[FrontMessage | None],
         send: Callable[[EngineMessage], None],
+        *,
+        tracer: RequestTracer | None = None,
     ) -> None:
         """`assets` maps digest → bytes."""
+        self._tracer = tracer if tracer is not None else RequestTracer(NullTracer())
         self._core = core
         self._assets = assets
         self._inbox = inbox
@@ -57,6 +62,7 @@ class EngineLoop:
             frames = (*self._refused, *frames)
             self._refused = []
             if frames:
+                self._tracer.told(frames)
                 self._send(Frames(frames=frames, snapshot=self._core.snapshot()))
             if self._draining and not self._core.has_requests:
                 return
@@ -102,6 +108,7 @@ class EngineLoop:
         spec = message.spec
         try:
             self._core.submit(spec)
+            self._tracer.accepted(spec)
         except XllmError as error:
             self._refuse(message, error.info())
         except Exception:

@@ -21,9 +21,12 @@ from xllm.engine.build import BuiltEngine, build_engine
 from xllm.engine.connection import Connection
 from xllm.engine.loop import EngineLoop
 from xllm.engine.platform.host import bind_to_cpus
+from xllm.engine.tracing import RequestTracer
 from xllm.errors import ErrorInfo, XllmError
 from xllm.heap import settle
 from xllm.ids import new_request_id
+from xllm.observability.logs import setup_logging
+from xllm.observability.otlp import make_tracer
 from xllm.wire.messages import WIRE_VERSION, Hello, Progress, Ready, Start, StartFailed
 
 log = logging.getLogger(__name__)
@@ -38,19 +41,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fd", type=int, required=True, help="inherited socket to the front")
     parser.add_argument("--log-level", default="warning")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=args.log_level.upper(), stream=sys.stderr)
+    setup_logging(args.log_level)
     _die_with_parent()
     # Ctrl-C goes to the whole process group; the front decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection = Connection(socket.socket(fileno=args.fd))
     try:
-        return _serve(connection)
+        return _serve(connection, args.log_level)
     finally:
         connection.close()
 
 
-def _serve(connection: Connection) -> int:
+def _serve(connection: Connection, log_level: str) -> int:
     connection.send(Hello(incarnation=new_request_id()))
     hello, start = connection.inbox.get(), connection.inbox.get()
     if not isinstance(hello, Hello) or not isinstance(start, Start):
@@ -60,15 +63,19 @@ def _serve(connection: Connection) -> int:
             connection, f"wire version {hello.version} is not understood; this engine speaks {WIRE_VERSION}"
         )
         return 1
+    watch = start.config.observability
+    setup_logging(log_level, as_json=watch.log_format == "json")
     engine = _build(connection, start)
     if engine is None:
         return 1
+    tracer = RequestTracer(make_tracer(watch.otlp_endpoint, "xllm-engine", str(os.getpid())))
     settle()
     connection.send(Ready(card=engine.core.card, pid=os.getpid(), report=engine.report))
     try:
-        EngineLoop(engine.core, engine.assets, connection.inbox, connection.send).run()
+        EngineLoop(engine.core, engine.assets, connection.inbox, connection.send, tracer=tracer).run()
     finally:
         engine.core.close()
+        tracer.close()
     return 0
 
 

@@ -65,11 +65,14 @@ class OtlpTracer:
         if len(self._waiting) >= MAX_BATCH_SPANS:
             self._wake.set()
 
-    def close(self) -> None:
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Export what is waiting, within a time limit; idempotent."""
         self._closing = True
         self._wake.set()
-        self._thread.join(CLOSE_TIMEOUT_S)
+        self._thread.join(timeout_s)
+        # The exporter may be between two tries: this ends its waiting, and the rest counts as lost.
+        self._exporter.shutdown()
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         while not self._closing:
