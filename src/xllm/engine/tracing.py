@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from xllm.config import EngineConfig
+from xllm.observability.otlp import make_tracer
 from xllm.observability.tracing import Span, SpanContext, Tracer, Value, parse_traceparent
 from xllm.types import RequestSpec
 from xllm.wire.messages import Frame
@@ -28,14 +30,23 @@ class _Open:
 
 
 class RequestTracer:
-    """`accepted` for each request taken, `told` for each step's frames; a request's last frame ends it."""
+    """`accepted` for each request taken, `told` for each step's frames; a request's last frame ends it.
+
+    Ids are those of a front (its number), as everywhere in an engine.
+    """
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
-        self._open: dict[tuple[str, int], _Open] = {}
+        self._open: dict[tuple[int, str, int], _Open] = {}
         self._pid = os.getpid()
 
-    def accepted(self, spec: RequestSpec) -> None:
+    @classmethod
+    def for_config(cls, config: EngineConfig, instance_id: str = "") -> RequestTracer:
+        """The one that the configuration asks for. Raises ConfigError for an endpoint that cannot work."""
+        endpoint = config.observability.otlp_endpoint
+        return cls(make_tracer(endpoint, "xllm-engine", instance_id or str(os.getpid())))
+
+    def accepted(self, front: int, spec: RequestSpec) -> None:
         if spec.trace is None or not self._tracer.enabled:
             return
         context = parse_traceparent(spec.trace)
@@ -44,13 +55,13 @@ class RequestTracer:
         if len(self._open) >= MAX_TRACED:
             # Requests of a front that is gone end without a frame: the oldest make room.
             del self._open[next(iter(self._open))]
-        self._open[spec.request_id, spec.attempt] = _Open(context, time.time_ns())
+        self._open[front, spec.request_id, spec.attempt] = _Open(context, time.time_ns())
 
-    def told(self, frames: Iterable[Frame]) -> None:
+    def told(self, front: int, frames: Iterable[Frame]) -> None:
         if not self._open:
             return
         for frame in frames:
-            request = self._open.get((frame.request_id, frame.attempt))
+            request = self._open.get((front, frame.request_id, frame.attempt))
             if request is None:
                 continue
             now_ns = time.time_ns()
@@ -58,7 +69,7 @@ class RequestTracer:
             if not request.first_ns and (frame.tokens or frame.last):
                 self._waited(request, frame, now_ns)
             if frame.last:
-                del self._open[frame.request_id, frame.attempt]
+                del self._open[front, frame.request_id, frame.attempt]
                 facts: dict[str, Value] = {"xllm.tokens": request.num_tokens}
                 if frame.error is not None:
                     facts["xllm.error"] = frame.error.code
