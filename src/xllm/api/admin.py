@@ -20,8 +20,14 @@ def list_instances(context: Context) -> dict[str, Any]:
     return {
         "instances": [_instance(i) for i in context.front.snapshot().instances],
         "events": [
-            {"at": round(at_s, 3), "instance": name, "state": state, "reason": reason}
-            for at_s, name, state, reason in reversed(events)
+            {
+                "at": round(at_s, 3),
+                "instance": name,
+                "state": state,
+                "reason": reason,
+                "detect_ms": round(detect_s * 1000, 3),
+            }
+            for at_s, name, state, reason, detect_s in reversed(events)
         ],
     }
 
@@ -43,11 +49,20 @@ def _instance(i: InstanceSnapshot) -> dict[str, Any]:
     return {
         "id": i.name,
         "model": i.model_id,
-        "state": "ready" if i.alive else "lost",
+        "state": i.state,
+        "phases": list(i.about.phases),
+        "role": "mixed" if {"prefill", "decode"} <= set(i.about.phases) else "+".join(i.about.phases),
+        "pid": i.about.pid,
+        "incarnation": i.about.incarnation,
+        "address": i.about.address,
+        "restarts": i.about.num_restarts,
+        "quiet_ms": round(i.quiet_s * 1000, 3),
         "load": {
             "requests": i.num_requests,
             "running": engine.num_running,
             "waiting": engine.num_waiting,
+            "own_backlog_tokens": i.backlog_tokens,
+            "own_context_tokens": i.context_tokens,
             "backlog_tokens": engine.backlog_tokens,
             "decoding": engine.num_decoding,
             "decode_context": engine.decode_context,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from xllm.service.draft import RequestDraft
+from xllm.service.instances.about import InstanceAbout, InstanceState
 from xllm.service.router.base import Placement
 from xllm.service.stream import Delta, Usage
 from xllm.types import EngineSnapshot, RequestSpec
@@ -16,16 +17,27 @@ from xllm.types import EngineSnapshot, RequestSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceSnapshot:
+    """`quiet_s` is the time since its last sign of progress."""
+
     name: str
     model_id: str
     alive: bool
     num_requests: int
     engine: EngineSnapshot
+    state: InstanceState = "ready"
+    about: InstanceAbout = InstanceAbout()
+    backlog_tokens: int = 0
+    context_tokens: int = 0
+    quiet_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontSnapshot:
-    """`num_ended` counts requests by how they ended: a finish reason (of choice 0) or an error code."""
+    """`num_ended` counts requests by how they ended: a finish reason (of choice 0) or an error code.
+
+    `num_waiting` requests have no instance now. `num_moves` (taken off an instance) are counted by why,
+    `num_deaths` of instances by cause (`failover.blame.DeathCause`).
+    """
 
     num_inflight_reqs: int
     num_inflight_tokens: int
@@ -35,6 +47,12 @@ class FrontSnapshot:
     num_ended: dict[str, int]
     num_divergences: int
     num_stale_frames: int
+    num_waiting: int
+    num_moves: dict[str, int]
+    num_deaths: dict[str, int]
+    num_suspicions: int
+    num_quarantined: int
+    num_nonexact_resumes: int
     instances: tuple[InstanceSnapshot, ...]
 
 
@@ -51,58 +69,80 @@ class RequestRecord:
     e2e_s: float
     ttft_s: float | None
     queue_s: float
+    prefill_ms: float = 0.0
+    num_attempts: int = 1
+    num_moves: int = 0
+    num_preemptions: int = 0
+    nonexact: bool = False
 
 
 class FrontObserver(Protocol):
-    """Told about each request as it goes: metrics, timelines, traces. Must return at once and never raise.
+    """Told about each request and instance as it goes; must return at once and never raise.
 
-    Order: accepted, placed, (first, delta…), (moved, placed …), ended; an id is never used again.
+    Derive from NullObserver, so that an event that is new says nothing to you instead of breaking you.
     """
 
     def on_accepted(self, draft: RequestDraft, spec: RequestSpec) -> None:
-        """The request is admitted and about to be sent."""
+        """The request is admitted and about to be placed."""
 
     def on_refused(self, draft: RequestDraft, code: str) -> None:
         """The request was not admitted; `code` is the error's."""
 
-    def on_placed(self, request_id: str, placement: Placement, attempt: int) -> None:
-        """An instance was chosen for this attempt."""
-
     def on_first(self, request_id: str, queue_s: float) -> None:
-        """Before the first `on_delta`: what the engine says it waited in the queue."""
+        """Before the first `on_delta`: how long the engine says it waited in its queue."""
 
     def on_delta(self, request_id: str, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
         """Output was committed, `gap_s` after the request's previous output (or its submission)."""
 
-    def on_moved(
-        self, request_id: str, source: str, target: str, cause: str, gap_s: float, recompute_tokens: int
-    ) -> None:
-        """The request goes on elsewhere, `gap_s` after the last sign of progress."""
-
-    def on_instance(self, name: str, state: str, reason: str) -> None:
-        """An instance came, changed its state or was lost."""
-
     def on_ended(self, record: RequestRecord) -> None:
         """The request's terminal event."""
 
-
-class NullObserver:
-    """Nobody looks. Also the base of observers that look at a part."""
-
-    def on_accepted(self, draft: RequestDraft, spec: RequestSpec) -> None: ...
-
-    def on_refused(self, draft: RequestDraft, code: str) -> None: ...
-
-    def on_placed(self, request_id: str, placement: Placement, attempt: int) -> None: ...
-
-    def on_first(self, request_id: str, queue_s: float) -> None: ...
-
-    def on_delta(self, request_id: str, model: str, delta: Delta, gap_s: float, *, first: bool) -> None: ...
+    def on_placed(self, request_id: str, placement: Placement, attempt: int) -> None:
+        """The request was sent to an instance."""
 
     def on_moved(
         self, request_id: str, source: str, target: str, cause: str, gap_s: float, recompute_tokens: int
-    ) -> None: ...
+    ) -> None:
+        """It was sent to `target` since it could not stay at `source`, `gap_s` after its last output.
 
-    def on_instance(self, name: str, state: str, reason: str) -> None: ...
+        `cause`: lost, suspect, drain or removed. `recompute_tokens` counts before any prefix hit.
+        """
 
-    def on_ended(self, record: RequestRecord) -> None: ...
+    def on_resumed(self, request_id: str, instance: str, gap_s: float) -> None:
+        """The first output after one or more moves, and how long its client waited for it."""
+
+    def on_instance(self, name: str, state: InstanceState, reason: str, detect_s: float) -> None:
+        """The instance is in this state now; found out `detect_s` after its last progress."""
+
+
+class NullObserver:
+    """Nobody looks. The base of observers that look at a part."""
+
+    def on_accepted(self, draft: RequestDraft, spec: RequestSpec) -> None:
+        return
+
+    def on_refused(self, draft: RequestDraft, code: str) -> None:
+        return
+
+    def on_first(self, request_id: str, queue_s: float) -> None:
+        return
+
+    def on_delta(self, request_id: str, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
+        return
+
+    def on_ended(self, record: RequestRecord) -> None:
+        return
+
+    def on_placed(self, request_id: str, placement: Placement, attempt: int) -> None:
+        return
+
+    def on_moved(
+        self, request_id: str, source: str, target: str, cause: str, gap_s: float, recompute_tokens: int
+    ) -> None:
+        return
+
+    def on_resumed(self, request_id: str, instance: str, gap_s: float) -> None:
+        return
+
+    def on_instance(self, name: str, state: InstanceState, reason: str, detect_s: float) -> None:
+        return

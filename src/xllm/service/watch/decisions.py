@@ -9,6 +9,7 @@ import logging
 
 from xllm.observability.logs import log_event
 from xllm.service.draft import RequestDraft
+from xllm.service.instances.about import InstanceState
 from xllm.service.router.base import Placement
 from xllm.service.snapshot import NullObserver, RequestRecord
 from xllm.service.watch.timeline import MAX_SCORES
@@ -61,8 +62,10 @@ class DecisionLog(NullObserver):
             recompute_tokens=recompute_tokens,
         )
 
-    def on_instance(self, name: str, state: str, reason: str) -> None:
-        log_event(log, "instance", instance=name, state=state, reason=reason)
+    def on_instance(self, name: str, state: InstanceState, reason: str, detect_s: float) -> None:
+        log_event(
+            log, "instance", instance=name, state=state, reason=reason, detect_ms=round(detect_s * 1000, 3)
+        )
 
     def on_ended(self, record: RequestRecord) -> None:
         self._names.pop(record.request_id, None)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xllm.service.draft import RequestDraft
+from xllm.service.instances.about import InstanceState
 from xllm.service.router.base import Placement
 from xllm.service.snapshot import FrontObserver, NullObserver, RequestRecord
 from xllm.service.stream import Delta
@@ -46,8 +47,11 @@ class FanOut:
     ) -> None:
         self._tell("on_moved", request_id, source, target, cause, gap_s, recompute_tokens)
 
-    def on_instance(self, name: str, state: str, reason: str) -> None:
-        self._tell("on_instance", name, state, reason)
+    def on_resumed(self, request_id: str, instance: str, gap_s: float) -> None:
+        self._tell("on_resumed", request_id, instance, gap_s)
+
+    def on_instance(self, name: str, state: InstanceState, reason: str, detect_s: float) -> None:
+        self._tell("on_instance", name, state, reason, detect_s)
 
     def on_ended(self, record: RequestRecord) -> None:
         self._tell("on_ended", record)

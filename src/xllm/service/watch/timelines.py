@@ -10,6 +10,7 @@ from typing import Any
 
 from xllm.clock import Clock
 from xllm.service.draft import RequestDraft
+from xllm.service.instances.about import InstanceState
 from xllm.service.router.base import Placement
 from xllm.service.snapshot import NullObserver, RequestRecord
 from xllm.service.stream import Delta
@@ -33,8 +34,8 @@ class Timelines(NullObserver):
         self._ended: OrderedDict[str, Timeline] = OrderedDict()
         self._of_client: dict[str, list[str]] = {}
         self._num_facts = 0
-        self.instance_events: deque[tuple[float, str, str, str]] = deque(maxlen=MAX_INSTANCE_EVENTS)
-        """(Unix time, name, state, reason)."""
+        self.instance_events: deque[tuple[float, str, str, str, float]] = deque(maxlen=MAX_INSTANCE_EVENTS)
+        """(Unix time, name, state, reason, seconds after its last progress)."""
 
     def find(self, name: str) -> list[dict[str, Any]]:
         """What is known of a request by its own id, its completion id or the client's id; newest first."""
@@ -86,8 +87,8 @@ class Timelines(NullObserver):
         if timeline := self._live.get(request_id):
             timeline.moved(self._clock.monotonic_s(), source, target, cause, gap_s, recompute_tokens)
 
-    def on_instance(self, name: str, state: str, reason: str) -> None:
-        self.instance_events.append((self._clock.wall_s(), name, state, reason))
+    def on_instance(self, name: str, state: InstanceState, reason: str, detect_s: float) -> None:
+        self.instance_events.append((self._clock.wall_s(), name, state, reason, detect_s))
         now_s = self._clock.monotonic_s()
         for timeline in self._live.values():
             if timeline.instance == name:

@@ -128,7 +128,7 @@ def test_a_move_takes_from_the_last_output_to_the_next_one(story: Story) -> None
     story.output(0.1, queue_s=0.0)
     story.output(0.02)
     story.clock.advance(0.3)
-    story.timelines.on_instance("a", "lost", "exit code -9")
+    story.timelines.on_instance("a", "lost", "crash", 0.3)
     story.timelines.on_moved("r1", "a", "b", "crash", 0.3, 120)
     story.place("b", attempt=1)
     story.output(0.7)
@@ -160,7 +160,7 @@ def test_only_the_requests_of_an_instance_hear_of_its_loss(story: Story) -> None
     for each, instance in ((story, "a"), (other, "b")):
         each.accept()
         each.place(instance)
-    story.timelines.on_instance("a", "lost", "x")
+    story.timelines.on_instance("a", "lost", "x", 0.1)
     assert "instance lost" in [e["kind"] for e in story.told()["events"]]
     assert "instance lost" not in [e["kind"] for e in other.told()["events"]]
 
@@ -246,7 +246,7 @@ def test_phases_are_the_whole_whatever_happens(steps: list[tuple[str, float]], s
             one.place(dice.choice("ab"), attempt)
             attempt += 1
         elif what == "lost":
-            one.timelines.on_instance(dice.choice("ab"), "lost", "")
+            one.timelines.on_instance(dice.choice("ab"), "lost", "", 0.0)
         else:
             one.timelines.on_moved("r1", "a", "b", "crash", seconds, 1)
     one.end(dice.random())
