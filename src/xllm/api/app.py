@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from xllm.api.admin import get_request, list_instances
 from xllm.api.auth import PREFLIGHT_HEADERS, CorsRule, HostRule, KeyRing
 from xllm.api.context import Context, FrontPort
 from xllm.api.error_map import error_reply
@@ -29,9 +29,14 @@ from xllm.api.openai.tokenize import detokenize, tokenize, tokenizer_info
 from xllm.clock import Clock
 from xllm.config import ServerConfig
 from xllm.errors import NotFoundError, RequestError, UnavailableError
+from xllm.observability.logs import log_event
+from xllm.service.watch.desk import WatchDesk
 from xllm.version import __version__
 
 access_log = logging.getLogger("xllm.access")
+
+_NAMED = ("/v1/models/", "/requests/")
+"""Routes whose last part is a name."""
 
 JsonEndpoint = Callable[[Context, Request, Reply, dict[str, Any]], Awaitable[None]]
 PlainEndpoint = Callable[[Request, Reply], Awaitable[None]]
@@ -52,8 +57,10 @@ class Route:
 class App:
     """The handler of every request. Made by `create_app`."""
 
-    def __init__(self, front: FrontPort, config: ServerConfig, clock: Clock, metrics: Metrics) -> None:
-        self._context = Context(front, clock)
+    def __init__(
+        self, front: FrontPort, config: ServerConfig, clock: Clock, metrics: Metrics, desk: WatchDesk
+    ) -> None:
+        self._context = Context(front, clock, desk)
         self._front = front
         self._metrics = metrics
         self._keys = KeyRing(config.api_key, config.admin_key)
@@ -66,7 +73,7 @@ class App:
 
     async def __call__(self, request: Request, reply: Reply) -> None:
         """Answer one request. Raises XllmError for whatever is refused before the reply starts."""
-        start_s = time.monotonic()
+        start_s = request.received_s = self._context.monotonic_s()
         methods = self._methods(request.head.path)
         route = methods.get(request.head.method) if methods else None
         label = route.label if route else "none"
@@ -80,12 +87,15 @@ class App:
         finally:
             # No status: the client left before there was one.
             self._metrics.on_response(label, reply.status or 499)
-            access_log.info(
-                "request_id=%s route=%s status=%d ms=%.1f",
-                request.request_id,
-                label,
-                reply.status or 499,
-                (time.monotonic() - start_s) * 1000,
+            facts: dict[str, object] = {"serves": ",".join(request.serves)} if request.serves else {}
+            log_event(
+                access_log,
+                "access",
+                request_id=request.request_id,
+                route=label,
+                status=reply.status or 499,
+                ms=round((self._context.monotonic_s() - start_s) * 1000, 1),
+                **facts,
             )
 
     async def _answer(
@@ -129,7 +139,10 @@ class App:
             "/version": self._version,
             "/metrics": self._show_metrics,
         }
-        admin_routes: dict[str, PlainEndpoint] = {}
+        admin_routes: dict[str, PlainEndpoint] = {
+            "/instances": self._instances,
+            "/requests/{id}": self._request,
+        }
         table = {("GET", path): Route(label=path, endpoint=e) for path, e in get_routes.items()}
         table |= {("GET", p): Route(label=p, endpoint=e, admin=True) for p, e in admin_routes.items()}
         for path, endpoint in json_routes.items():
@@ -137,8 +150,9 @@ class App:
         return table
 
     def _methods(self, path: str) -> dict[str, Route] | None:
-        if path.startswith("/v1/models/") and len(path) > len("/v1/models/"):
-            path = "/v1/models/{id}"
+        for prefix in _NAMED:
+            if path.startswith(prefix) and len(path) > len(prefix):
+                return self._by_path.get(prefix + "{id}")
         return self._by_path.get(path)
 
     def _json(self, endpoint: JsonEndpoint) -> PlainEndpoint:
@@ -172,6 +186,13 @@ class App:
     async def _version(self, _: Request, reply: Reply) -> None:
         await reply.send(200, msgspec.json.encode({"version": __version__}))
 
+    async def _instances(self, _: Request, reply: Reply) -> None:
+        await reply.send(200, msgspec.json.encode(list_instances(self._context)))
+
+    async def _request(self, request: Request, reply: Reply) -> None:
+        name = _unquoted(request.head.path.removeprefix("/requests/"))
+        await reply.send(200, msgspec.json.encode(get_request(self._context, name)))
+
     async def _show_metrics(self, _: Request, reply: Reply) -> None:
         await reply.send(
             200,
@@ -181,10 +202,21 @@ class App:
 
 
 def create_app(
-    front: FrontPort, config: ServerConfig, *, clock: Clock, metrics: Metrics | None = None
+    front: FrontPort,
+    config: ServerConfig,
+    *,
+    clock: Clock,
+    metrics: Metrics | None = None,
+    desk: WatchDesk | None = None,
 ) -> App:
-    """The HTTP side of a front. Pass the `Metrics` that observes the front, or get an empty one."""
-    return App(front, config, clock, metrics if metrics is not None else Metrics())
+    """The HTTP side of a front. Pass the `Metrics` and the desk that observe the front, or get empty ones."""
+    return App(
+        front,
+        config,
+        clock,
+        metrics if metrics is not None else Metrics(),
+        desk if desk is not None else WatchDesk(clock),
+    )
 
 
 def _check_json_headers(head: Head) -> None:

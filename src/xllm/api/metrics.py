@@ -71,7 +71,7 @@ class Metrics(NullObserver):
 
     # -- FrontObserver --------------------------------------------------------------------------
 
-    def on_delta(self, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
+    def on_delta(self, request_id: str, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
         if first:
             self._ttft.labels(model).observe(gap_s)
             return

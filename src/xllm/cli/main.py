@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("xllm.cli.serve", "serve a model over the OpenAI API"),
     "chat": ("xllm.cli.chat", "talk to a model in the terminal"),
     "bench": ("xllm.cli.bench.command", "measure a server, or the engine alone"),
+    "explain": ("xllm.cli.explain", "say why a request went where it went, and where its time was spent"),
     "doctor": ("xllm.cli.doctor", "say what works on this machine, and what does not and why"),
     "list": ("xllm.cli.models", "models that can be served by name"),
     "pull": ("xllm.cli.pull", "fetch a model"),

@@ -14,7 +14,7 @@ import sys
 
 from xllm.cli.serving import SECTIONS, Running, running
 from xllm.cli.settings import add_settings, load_settings
-from xllm.config import ServerConfig
+from xllm.config import ObservabilityConfig, ServerConfig
 from xllm.config.load import Loaded
 from xllm.heap import settle
 from xllm.observability.logs import setup_logging
@@ -27,8 +27,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     loaded = load_settings(args, *SECTIONS)
-    level = loaded.build(ServerConfig).log_level
-    setup_logging(level)
+    level, log_format = loaded.build(ServerConfig).log_level, loaded.build(ObservabilityConfig).log_format
+    setup_logging(level, as_json=log_format == "json")
     return asyncio.run(_serve(loaded))
 
 

@@ -13,11 +13,13 @@ from xllm.api.app import create_app
 from xllm.api.metrics import Metrics
 from xllm.api.server import HttpServer
 from xllm.clock import Clock, SystemClock
-from xllm.config import ClusterConfig, EngineConfig, FrontConfig, ServerConfig
+from xllm.config import ClusterConfig, EngineConfig, FrontConfig, ObservabilityConfig, ServerConfig
 from xllm.config.load import Loaded
 from xllm.config.report import StartupReport, sources_lines
 from xllm.errors import ConfigError
+from xllm.observability.otlp import make_tracer
 from xllm.service.local import LocalService
+from xllm.service.watch.desk import WatchDesk
 from xllm.types import ModelCard
 
 SECTIONS = (EngineConfig, FrontConfig, ClusterConfig, ServerConfig)
@@ -49,12 +51,14 @@ async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> Async
         say(f"  {line}")
     report = StartupReport(clock)
     metrics = Metrics()
+    tracer = make_tracer(loaded.build(ObservabilityConfig).otlp_endpoint, "xllm-front")
+    desk = WatchDesk(clock, metrics, tracer=tracer)
     service = await LocalService.start(
         [engine_config],
         front_config,
         clock,
         on_progress=lambda stage, seconds: say(f"  {seconds:7.2f} s  engine: {stage}"),
-        observer=metrics,
+        observer=desk.observer,
         log_level=server_config.log_level,
     )
     try:
@@ -62,7 +66,7 @@ async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> Async
         say(report.stage("engine and front together"))
         for line in engine.report:
             say(f"    {line}")
-        app = create_app(service.front, server_config, clock=clock, metrics=metrics)
+        app = create_app(service.front, server_config, clock=clock, metrics=metrics, desk=desk)
         server = HttpServer(app, server_config)
         await server.start()
         say(report.stage("HTTP"))
@@ -73,6 +77,7 @@ async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> Async
             await server.drain(service.front, front_config.shutdown_timeout_s)
     finally:
         await service.close()
+        desk.close()
 
 
 def base_url(host: str, port: int) -> str:

@@ -174,8 +174,9 @@ class Front:
         """
         try:
             live = self._submit(draft)
-        except XllmError:
+        except XllmError as error:
             self._tally.num_refused += 1
+            self._observer.on_refused(draft, error.code)
             raise
         self._tally.num_accepted += 1
         return live
@@ -192,13 +193,13 @@ class Front:
             choice = self._dispatch.choose(spec, candidates)
             if choice is None:
                 raise self._admission.refused("instances", ask, loads, now_s)
-            return self._begin(spec, choice, text)
+            return self._begin(draft, spec, choice, text)
         except BaseException:
             self._dispatch.decline(spec.request_id)
             self._admission.ended(spec.request_id, (), complete=False)
             raise
 
-    def _begin(self, spec: RequestSpec, choice: Choice, text: TextAssets) -> LiveRequest:
+    def _begin(self, draft: RequestDraft, spec: RequestSpec, choice: Choice, text: TextAssets) -> LiveRequest:
         journal = RequestJournal(
             spec,
             head_width=choice.instance.card.head_width,
@@ -213,6 +214,7 @@ class Front:
             deadline_s=deadline_s,
         )
         self._idle.clear()
+        self._observer.on_accepted(draft, spec)
         self._dispatch.begin(live, choice)
         return live
 
@@ -239,7 +241,8 @@ class Front:
             ticket.first_s = now_s
             if ticket.instance is not None:
                 self._admission.answered(live.request_id, ticket.instance.snapshot, now_s)
-        self._observer.on_delta(ticket.model_id, delta, gap_s, first=first)
+            self._observer.on_first(live.request_id, live.journal.queue_ms / 1000)
+        self._observer.on_delta(live.request_id, ticket.model_id, delta, gap_s, first=first)
         self._dispatch.on_delta(ticket, delta, now_s)
 
     def _ended(self, live: LiveRequest, abort: bool) -> None:

@@ -30,6 +30,7 @@ class Request:
     """`head` as received; `request_id` is ours or the client's when it is safe to echo.
 
     `peer` is the address of the other end ('' = unknown), `caller` what the handler found out about it.
+    `received_s` is set by the handler, on its clock; `serves` are the ids of the requests made of it.
     """
 
     def __init__(self, head: Head, request_id: str, wire: Wire, peer: str = "") -> None:
@@ -37,6 +38,8 @@ class Request:
         self.request_id = request_id
         self.peer = peer
         self.caller = Caller()
+        self.received_s: float | None = None
+        self.serves: tuple[str, ...] = ()
         self._wire = wire
         self._body = asyncio.get_running_loop().create_future()
 

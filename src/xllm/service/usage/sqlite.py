@@ -244,7 +244,9 @@ def _read_totals(path: Path, query: UsageQuery) -> UsagePage:
         "limit": limit + 1,
     }
     # A connection of its own: readers never wait for the writer in WAL, nor the writer for them.
-    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=BUSY_S)) as reader:
+    with contextlib.closing(
+        sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=BUSY_S)
+    ) as reader:
         found = reader.execute(_TOTALS, values).fetchall()
     rows = tuple(
         Totals(
