@@ -17,8 +17,11 @@ from xllm.config import ClusterConfig, EngineConfig, FrontConfig, ObservabilityC
 from xllm.config.load import Loaded
 from xllm.config.report import StartupReport, sources_lines
 from xllm.errors import ConfigError
+from xllm.ids import new_request_id
 from xllm.observability.otlp import make_tracer
 from xllm.service.local import LocalService
+from xllm.service.usage import UsageRecorder
+from xllm.service.usage.open import open_usage_store
 from xllm.service.watch.desk import WatchDesk
 from xllm.types import ModelCard
 
@@ -52,7 +55,9 @@ async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> Async
     report = StartupReport(clock)
     metrics = Metrics()
     tracer = make_tracer(loaded.build(ObservabilityConfig).otlp_endpoint, "xllm-front")
-    desk = WatchDesk(clock, metrics, tracer=tracer)
+    usage = open_usage_store(server_config.usage_db)
+    recorder = UsageRecorder(usage, clock, front_id=new_request_id())
+    desk = WatchDesk(clock, metrics, recorder, tracer=tracer)
     service = await LocalService.start(
         [engine_config],
         front_config,
@@ -66,7 +71,7 @@ async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> Async
         say(report.stage("engine and front together"))
         for line in engine.report:
             say(f"    {line}")
-        app = create_app(service.front, server_config, clock=clock, metrics=metrics, desk=desk)
+        app = create_app(service.front, server_config, clock=clock, metrics=metrics, desk=desk, usage=usage)
         server = HttpServer(app, server_config)
         await server.start()
         say(report.stage("HTTP"))
@@ -78,6 +83,7 @@ async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> Async
     finally:
         await service.close()
         desk.close()
+        await usage.close()
 
 
 def base_url(host: str, port: int) -> str:
