@@ -77,7 +77,11 @@ async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> Async
         say(report.stage("HTTP"))
         say(report.total())
         try:
-            yield Running(base_url(server_config.host, server.port), engine.card, service)
+            yield Running(
+                base_url(server_config.host, server.port, tls=bool(server_config.ssl_certfile)),
+                engine.card,
+                service,
+            )
         finally:
             await server.drain(service.front, front_config.shutdown_timeout_s)
     finally:
@@ -86,7 +90,8 @@ async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> Async
         await usage.close()
 
 
-def base_url(host: str, port: int) -> str:
+def base_url(host: str, port: int, *, tls: bool = False) -> str:
     """An address that a client on this machine can use."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{shown}]:{port}" if ":" in shown else f"{scheme}://{shown}:{port}"
