@@ -78,7 +78,7 @@ class InstanceServer:
         self._hub.inbox.put((None, Drain()))
 
     def stop(self) -> None:
-        """End after the step that runs. Fronts find their connections closed: the instance is lost to them."""
+        """End after the step that runs. Fronts see closed connections: the instance is lost to them."""
         self._hub.inbox.put((None, None))
 
     def wait(self, timeout_s: float | None = None) -> int | None:

@@ -142,11 +142,11 @@ async def test_draining_is_told_to_all_at_once_refuses_new_requests_and_finishes
     assert error.code == "draining"
     await one.until_last("old")
     assert one.last("old").finish_reason is FinishReason.LENGTH
-    assert await asyncio.to_thread(server.wait, 20.0) == 0
     for end in (one, two):
         while await end.stream.receive() is not None:
             pass
         await end.stream.close()
+    assert await asyncio.to_thread(server.wait, 20.0) == 0
 
 
 async def test_draining_ends_after_its_grace_and_says_nothing_of_what_still_runs() -> None:
@@ -156,11 +156,11 @@ async def test_draining_ends_after_its_grace_and_says_nothing_of_what_still_runs
     await one.stream.send(Submit(spec=spec("stuck", (5, 6), max_tokens=500, ignore_eos=True)))
     await one.next_frames(commit=False)
     server.drain()
-    assert await asyncio.to_thread(server.wait, 20.0) == 0
     while (message := await one.stream.receive()) is not None:
         if isinstance(message, Frames):
             assert not any(f.last for f in message.frames)
     await one.stream.close()
+    assert await asyncio.to_thread(server.wait, 20.0) == 0
 
 
 async def test_a_front_that_drains_gets_its_rest_and_the_engine_serves_the_others_on(
