@@ -93,7 +93,7 @@ class FrontConfig:
     """Admission, routing and failure limits of the front."""
 
     router_policy: str = option(
-        "round-robin",
+        "cache-aware",
         "round-robin, least-load, cache-aware, slo-aware, or an entry point of xllm.router_policies",
     )
     max_num_inflight_reqs: int = option(1024, "accepted and not yet ended requests; beyond: 429")

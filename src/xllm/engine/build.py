@@ -18,6 +18,7 @@ from xllm.artifacts.resolve import resolve, resolve_assets
 from xllm.artifacts.source import ModelSource
 from xllm.clock import Clock, SystemClock
 from xllm.config import EngineConfig
+from xllm.cost import CostFitter
 from xllm.engine.core import EngineCore
 from xllm.engine.executor import InProcExecutor
 from xllm.engine.memory.manager import PageManager
@@ -105,6 +106,7 @@ def build_engine(
         executor,
         clock,
         lambda: runner.program_counters,
+        fitter=CostFitter(),
         progress=StepProgress(lambda: runner.finished_layers),
     )
     return BuiltEngine(

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from xllm.cost import attention_work
 from xllm.engine.plan import StepPlan
 
 Shape = tuple[int, int, int, int]
-"""(prefill rows, tokens these stand on, decoding sequences, tokens these stand on) of a step."""
+"""(prefill rows, tokens these attend to in all, decoding sequences, tokens these stand on) of a step: the
+arguments of `cost.StepCost.step_ms`."""
 
 COST_EVERY = 16
 """Steps between two readings of the fitted cost; solving for it takes longer than observing."""
@@ -108,5 +110,5 @@ def shape_of(plan: StepPlan) -> Shape:
             decode_context += entry.start + 1
         else:
             rows += count
-            context += entry.start
+            context += attention_work(entry.start, count)
     return rows, context, num_decoding, decode_context

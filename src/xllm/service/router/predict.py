@@ -24,8 +24,9 @@ STEP_ROWS = 512
 """Rows that an engine is taken to compute in a step: the default of max_num_batched_tokens."""
 MAX_EXPECTED_OUTPUT = 64
 """Of max_tokens, what is counted as work: clients ask for far more than they get."""
-TIE_MS = 0.5
-"""Predictions closer than this say nothing."""
+TIE_SHARE, MIN_TIE_MS, MAX_TIE_MS = 0.05, 0.5, 5.0
+"""Predictions that differ by less than a fit's usual error say nothing. Bounded: of a long queue a twentieth
+would hide what a cache saves."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -132,11 +133,15 @@ def weighted_hit(view: InstanceView, num_tokens: int) -> float:
     return hit
 
 
+def tie_ms(score: float) -> float:
+    return min(MAX_TIE_MS, max(MIN_TIE_MS, TIE_SHARE * abs(score)))
+
+
 def pick(scored: list[tuple[float, Prospect]], request_id: str) -> Prospect:
     """The best score. Where scores are as good as equal: who got least work lately, then a hash of the
     request and the name, so that fronts with the same picture do not all run to the same instance."""
     best = max(score for score, _ in scored)
-    near = [prospect for score, prospect in scored if score >= best - TIE_MS]
+    near = [prospect for score, prospect in scored if score >= best - tie_ms(best)]
     if len(near) == 1:
         return near[0]
     return min(
