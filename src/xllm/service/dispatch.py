@@ -120,7 +120,6 @@ class Dispatch:
             ticket.grow(len(delta.token_ids))
             return
         ticket.answer()
-        self._placer.settled(ticket.live.request_id)
         if ticket.gap_from_s is not None:
             gap_s, ticket.gap_from_s = now_s - ticket.gap_from_s, None
             self._observer.on_resumed(ticket.live.request_id, ticket.last_name, gap_s)
