@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     """Serve one front until it is gone; 0 = ended in order, 1 = could not start."""
     parser = argparse.ArgumentParser(prog="xllm-engine")
     parser.add_argument("--fd", type=int, required=True, help="inherited socket to the front")
+    parser.add_argument("--pages-fd", type=int, help="inherited memory for KV pages that outlive us")
     parser.add_argument("--log-level", default="warning")
     args = parser.parse_args(argv)
     logging.basicConfig(level=args.log_level.upper(), stream=sys.stderr)
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     # Ctrl-C goes to the whole process group; the front decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     connection = Connection(socket.socket(fileno=args.fd))
     try:
         return _serve(connection)

@@ -39,13 +39,16 @@ async def start(*models: str) -> LocalService:
 async def test_an_engine_process_serves_and_ends_in_order() -> None:
     stages: list[str] = []
     service = await LocalService.start(
-        [config("tiny")], FrontConfig(), SystemClock(), on_progress=lambda stage, _: stages.append(stage)
+        [config("tiny")],
+        FrontConfig(),
+        SystemClock(),
+        on_progress=lambda name, stage, _: stages.append(f"{name}: {stage}"),
     )
     draft = RequestDraft(model="tiny", prompt_token_ids=(70, 71), params=SamplingParams(max_tokens=40))
     stream = await service.front.submit(draft)
     tokens = tuple([t async for delta in stream for t in delta.token_ids])
     assert tokens == (70, 71) * 20
-    assert stages == ["nothing to load"]
+    assert stages == ["engine-0: nothing to load"]
     assert await service.close()
     assert service.engines[0].exit_code == 0
 

@@ -18,7 +18,7 @@ from xllm.engine.kernels.native.weights_cache import WeightsCache
 from xllm.engine.model.registry import find_model
 from xllm.engine.model.weights import weight_bytes
 from xllm.engine.platform.base import BuiltRunner, Platform, TensorSource
-from xllm.engine.platform.host import available_bytes, num_cores
+from xllm.engine.platform.host import available_bytes, choose_num_threads
 from xllm.engine.platform.loading import load_runner, resolve_dtype
 from xllm.engine.sampling import Sampler
 from xllm.errors import ConfigError
@@ -78,8 +78,7 @@ class NativePlatform:
         path, isa = find()
         if path is None:
             raise ConfigError(f"platform=native: {isa}", param="platform")
-        threads = config.platform.num_threads or num_cores()
-        why_threads = "as asked" if config.platform.num_threads else "cores this process may use"
+        threads, why_threads = choose_num_threads(config.platform)
         dtype, why_dtype = resolve_dtype(config.model.dtype, _DTYPE, "what the native kernels compute in")
         quantize, why_quantize = _quantize(config, arch)
         kv_dtype: KVDtype = "int8" if config.cache.kv_cache_dtype == "int8" else "bfloat16"
@@ -100,7 +99,7 @@ class NativePlatform:
             make_programs=ops.programs,
             kept=kept,
             report=(
-                f"num_threads={threads}: {why_threads}",
+                why_threads,
                 why_dtype,
                 why_quantize,
                 f"kv_cache_dtype={kv_dtype}: {'as asked' if kv_dtype == 'int8' else 'as dtype'}",

@@ -60,11 +60,15 @@ def _number(
     if cache.kv_cache_memory_bytes is not None:
         asked = cache.kv_cache_memory_bytes
         return asked // page_bytes, f"kv_cache_memory_bytes={asked} as asked"
-    share = min(int(free_bytes * _SHARE), _MAX_AUTO_BYTES) // page_bytes
+    sharers = max(1, config.platform.num_local_instances)
+    share = min(int(free_bytes * _SHARE), _MAX_AUTO_BYTES) // (page_bytes * sharers)
+    part = f"{_SHARE:.0%} of {free_bytes // _MIB} MiB free" + (
+        "" if sharers == 1 else f", for {sharers} engines"
+    )
     if useful <= share:
         return useful, "all that max_num_seqs × max_model_len can use"
     if share >= needed:
-        return share, f"{_SHARE:.0%} of {free_bytes // _MIB} MiB free, at most {_MAX_AUTO_BYTES // _MIB} MiB"
+        return share, f"{part}, at most {_MAX_AUTO_BYTES // sharers // _MIB} MiB"
     if needed * page_bytes <= free_bytes * _MAX_SHARE:
         return needed, "enough for one sequence of max_model_len"
-    return share, f"{_SHARE:.0%} of {free_bytes // _MIB} MiB free"
+    return share, part
