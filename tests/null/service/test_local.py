@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -73,21 +74,31 @@ async def test_an_engine_that_never_answers_is_given_up() -> None:
     assert late.value.code == "start_timeout"
 
 
-async def test_killing_the_process_ends_its_requests_and_readiness(caplog: pytest.LogCaptureFixture) -> None:
-    service = await start("tiny")
+async def test_a_killed_engine_is_started_again_under_its_name(caplog: pytest.LogCaptureFixture) -> None:
+    up: asyncio.Queue[str] = asyncio.Queue()
+    service = await LocalService.start(
+        [config("tiny")], FrontConfig(), SystemClock(), on_up=lambda name, engine: up.put_nowait(name)
+    )
+    (killed,) = service.engines
+    assert await up.get() == "engine-0"
     params = SamplingParams(max_tokens=1000)
     draft = RequestDraft(model="tiny", prompt_token_ids=(70,), params=params)
     stream = await service.front.submit(draft)
     deltas = aiter(stream)
     await anext(deltas)
-    os.kill(service.engines[0].pid, signal.SIGKILL)
+    os.kill(killed.pid, signal.SIGKILL)
     with pytest.raises(UnavailableError):
         async for _ in deltas:
             pass
     assert service.front.ready() == (False, "engine_lost")
-    await service.close()
-    assert service.engines[0].exit_code == -signal.SIGKILL
+    assert await up.get() == "engine-0"
+    assert killed.exit_code == -signal.SIGKILL
     assert f"code {-signal.SIGKILL}" in caplog.text
+    assert service.engines[0].pid != killed.pid
+    assert service.front.ready() == (True, "ready")
+    again = await service.front.submit(draft)
+    assert (await anext(aiter(again))).token_ids == (70,)
+    await service.close()
 
 
 @pytest.fixture

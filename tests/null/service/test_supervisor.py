@@ -10,10 +10,9 @@ import pytest
 
 from xllm.config import EngineConfig, FrontConfig, ModelConfig
 from xllm.errors import ConfigError, InternalError, UnavailableError
-from xllm.service.instances import supervisor as module
 from xllm.service.instances.supervisor import Supervisor
 from xllm.testing.clock import FakeClock
-from xllm.testing.fake_engine import SampleEngine, echo, sample_card
+from xllm.testing.fake_engine import SampleEngine, Script, echo, sample_card
 from xllm.testing.tiny_tokenizer import tiny_assets
 from xllm.types import ModelCard
 from xllm.wire.messages import Submit
@@ -96,7 +95,8 @@ class House:
         self.fds: list[int | None] = []
         self.delays: list[float] = []
         self.failures: list[Exception] = []
-        self.script = echo
+        self.script: Script = echo
+        self.auto = True
         self.blocked = asyncio.Event()
         self.blocked.set()
         self.supervisor = Supervisor(
@@ -113,7 +113,8 @@ class House:
         await self.blocked.wait()
         if self.failures:
             raise self.failures.pop(0)
-        engine = SampleEngine(sample_card(ASSETS, model_id=config.model.model), ASSETS, script=self.script)
+        card = sample_card(ASSETS, model_id=config.model.model)
+        engine = SampleEngine(card, ASSETS, script=self.script, auto=self.auto)
         self.processes.append(FakeProcess(engine))
         return self.processes[-1]
 
@@ -192,7 +193,7 @@ async def _after(refused: asyncio.Event, house: House, seconds: float) -> None:
 
 
 async def test_an_engine_that_does_not_answer_its_first_request_is_refused(house: House) -> None:
-    house.script = lambda spec, choice: ()
+    house.auto = False
     with pytest.raises(UnavailableError) as silent:
         await house.supervisor.start()
     assert silent.value.code == "canary_timeout"
@@ -266,8 +267,3 @@ async def test_nothing_is_started_once_the_house_is_closed(house: House) -> None
     house.blocked.set()
     await asyncio.sleep(0)
     assert len(house.processes) == 1
-
-
-def test_the_loops_thread_starts_the_engines() -> None:
-    """The kernel ends a child with the thread that made it, so no helper thread may."""
-    assert "to_thread" not in open(module.__file__).read()

@@ -1,4 +1,4 @@
-"""The memory that a slot's engines keep their KV pages in, one after another: held here, so that it outlives them.
+"""Memory in which a slot's engines, one after another, keep KV pages: held here, so that it outlives them.
 
 The front never looks into it. What a page is, and whether it may be believed, is the engine's matter.
 """

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from xllm.clock import Clock
 from xllm.config import EngineConfig, FrontConfig
@@ -40,7 +40,13 @@ class EngineKeeper(Protocol):
     def prepare_text(self, assets: dict[str, bytes]) -> None: ...
 
     async def add_instance(
-        self, stream: EngineStream, card: ModelCard, *, name: str, max_reqs: int | None, **about: Any
+        self,
+        stream: EngineStream,
+        card: ModelCard,
+        *,
+        name: str,
+        max_reqs: int | None,
+        on_lost: Callable[[], None] | None,
     ) -> object: ...
 
     async def drain_instance(self, name: str, grace_s: float) -> object: ...
