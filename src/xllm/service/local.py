@@ -65,6 +65,10 @@ class LocalService:
             raise
         return service
 
+    async def rolling_restart(self) -> None:
+        """Replace every engine, one by one, without an error to any request."""
+        await self.supervisor.rolling_restart()
+
     async def close(self, drain_s: float = 0.0) -> bool:
         """Let running requests end within `drain_s`, then end everything; True if none was cut off."""
         complete = await self.front.drain(drain_s)

@@ -257,6 +257,46 @@ async def test_a_rolling_restart_replaces_one_engine_after_the_other_without_any
     await house.supervisor.close()
 
 
+async def test_an_only_engine_is_replaced_by_a_successor_that_is_ready_before_it_goes(house: House) -> None:
+    await house.supervisor.start()
+    await house.supervisor.rolling_restart()
+    old, successor = house.processes
+    assert house.front.log == [("add", "engine-0"), ("remove", "engine-0"), ("add", "engine-0")]
+    assert (old.exit_code, successor.exit_code) == (0, None)
+    assert house.fds[0] != house.fds[1]
+    house.lose("engine-0", successor)
+    await house.front.saw("add", "engine-0", 3)
+    assert house.fds[2] == house.fds[1]
+    await house.supervisor.close()
+
+
+async def test_an_only_engine_is_restarted_in_place_where_no_second_one_fits(house: House) -> None:
+    await house.supervisor.start()
+    house.failures = [ConfigError("KV cache: 12 pages take 3 MiB, but only 2 MiB are free")]
+    await house.supervisor.rolling_restart()
+    assert [what for what, _ in house.front.log] == ["add", "drain", "remove", "add"]
+    assert house.delays == []
+    await house.supervisor.close()
+
+
+async def test_an_only_engine_that_dies_while_its_successor_loads_has_had_its_restart(house: House) -> None:
+    await house.supervisor.start()
+    house.blocked.clear()
+    rolling = asyncio.create_task(house.supervisor.rolling_restart())
+    while len(house.fds) < 2:
+        await asyncio.sleep(0)
+    house.lose("engine-0", house.processes[0])
+    while len(house.fds) < 3:
+        await asyncio.sleep(0)
+    house.blocked.set()
+    await rolling
+    await house.front.saw("add", "engine-0", 2)
+    alive = [p for p in house.processes if p.exit_code is None]
+    assert len(alive) == 1
+    assert len(house.processes) == 3
+    await house.supervisor.close()
+
+
 async def test_nothing_is_started_once_the_house_is_closed(house: House) -> None:
     await house.supervisor.start()
     house.blocked.clear()

@@ -30,6 +30,9 @@ OnEngineProgress = Callable[[str, str, float], None]
 OnUp = Callable[[str, LocalEngine], None]
 """An engine takes requests from now on."""
 
+ROLLING_GRACE_S = 5.0
+"""Requests may end by themselves for so long before they are moved: moving is exact and costs a prefill."""
+
 Launch = Callable[..., Awaitable[LocalEngine]]
 Sleep = Callable[[float], Awaitable[None]]
 
@@ -181,16 +184,14 @@ class Supervisor:
 
     async def _bring_up(self, slot: Slot) -> None:
         """Start, prove and add an engine; `slot.up` is set afterwards. Nothing is left if it raises."""
-        engine = await self._launched(slot)
+        engine = await self._launched(slot, slot.pages)
         try:
             await self._add(slot, engine)
         except BaseException:
             await asyncio.shield(engine.terminate())
             raise
-        slot.tried.set()
-        self._on_up(slot.name, engine)
 
-    async def _launched(self, slot: Slot) -> LocalEngine:
+    async def _launched(self, slot: Slot, pages: SlotPages) -> LocalEngine:
         """An engine that has loaded and answered as one of its class must."""
         slot.num_starts += 1
         engine = await self._launch(
@@ -199,14 +200,14 @@ class Supervisor:
             self._front.prepare_text,
             timeout_s=self._config.start_timeout_s,
             log_level=self._log_level,
-            pages_fd=slot.pages.fd,
+            pages_fd=pages.fd,
         )
         try:
             answer, engine.stream = await ask(engine.stream, engine.card, self._config.start_timeout_s)
             self._canaries.check(engine.card, answer)
         except BaseException:
             # What this engine left in the pages is no more to be believed than the engine.
-            slot.pages.renew()
+            pages.renew()
             await asyncio.shield(engine.terminate())
             raise
         return engine
@@ -223,12 +224,55 @@ class Supervisor:
         )
         slot.restarts.serving(self._clock.monotonic_s())
         slot.up.set()
+        slot.tried.set()
+        self._on_up(slot.name, engine)
 
     async def _replace(self, slot: Slot) -> None:
-        """Restart in place: the others take over meanwhile, and the pages stay."""
+        if any(other.up.is_set() for other in self.slots if other is not slot):
+            await self._restart_in_place(slot)
+        else:
+            await self._swap(slot)
+
+    async def _restart_in_place(self, slot: Slot) -> None:
+        """The others take over meanwhile. Takes no second helping of memory, and the pages stay."""
+        log.info("%s is restarted; the other engines take its requests", slot.name)
+        await self._front.drain_instance(slot.name, min(ROLLING_GRACE_S, self._config.shutdown_timeout_s))
+        if not slot.up.is_set():
+            return  # it died of itself meanwhile and is being started anew
         slot.planned = True
-        await self._front.drain_instance(slot.name, self._config.shutdown_timeout_s)
-        await self._front.remove_instance(slot.name)
         slot.up.clear()
+        await self._front.remove_instance(slot.name)
         slot.down.set()
         await slot.up.wait()
+
+    async def _swap(self, slot: Slot) -> None:
+        """Nobody else could take over, so the successor loads beside the engine and then takes its name.
+
+        Costs memory for two until then, and the pages; where the memory is not there, the engine itself
+        says so, and is restarted in place while its requests wait.
+        """
+        old, pages = slot.engine, SlotPages(slot.name)
+        try:
+            successor = await self._launched(slot, pages)
+        except XllmError as error:
+            log.warning("no second engine can be started beside %s (%s)", slot.name, error)
+            pages.close()
+            await self._restart_in_place(slot)
+            return
+        if old is None or old is not slot.engine or not slot.up.is_set():
+            await successor.terminate()  # it died of itself meanwhile, and that was its restart
+            pages.close()
+            return
+        slot.pages, pages = pages, slot.pages
+        try:
+            # In this order, since a name is one engine's; requests wait for the moment between.
+            await self._front.remove_instance(slot.name)
+            await self._add(slot, successor)
+        except BaseException:
+            slot.up.clear()
+            slot.down.set()
+            await asyncio.shield(successor.terminate())
+            raise
+        finally:
+            await asyncio.shield(old.terminate())
+            pages.close()
