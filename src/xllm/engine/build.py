@@ -20,11 +20,12 @@ from xllm.config import EngineConfig
 from xllm.engine.core import EngineCore
 from xllm.engine.executor import InProcExecutor
 from xllm.engine.memory.manager import PageManager
-from xllm.engine.platform.base import Runner
+from xllm.engine.platform.base import KeepsPages, Runner
 from xllm.engine.platform.registry import select_platform
 from xllm.engine.sampling import Sampler, load_processors
 from xllm.engine.scheduler.order import create_order
 from xllm.engine.scheduler.scheduler import Scheduler
+from xllm.engine.surviving import SharedPages, adopt
 from xllm.errors import ConfigError
 from xllm.types import ModelCard
 
@@ -61,9 +62,16 @@ class _Stages:
 
 
 def build_engine(
-    config: EngineConfig, clock: Clock, progress: Progress, on_assets: OnAssets = lambda assets: None
+    config: EngineConfig,
+    clock: Clock,
+    progress: Progress,
+    on_assets: OnAssets = lambda assets: None,
+    shared: SharedPages | None = None,
 ) -> BuiltEngine:
-    """An engine ready to step. Raises ConfigError with field, value and remedy."""
+    """An engine ready to step, with its pages in `shared` if the platform can.
+
+    Raises ConfigError with field, value and remedy.
+    """
     stages = _Stages(clock, progress)
     order = create_order(config.scheduler.scheduling_policy)
     sampler = Sampler(load_processors(config.scheduler.logits_processors))
@@ -78,6 +86,8 @@ def build_engine(
     on_assets(assets)
     stages.done("model files found and read")
     platform, reasons = select_platform(config, arch)
+    if shared is not None and isinstance(platform, KeepsPages):
+        platform = platform.over(shared)
     stages.done(f"platform {platform.name} ready")
     max_model_len, why_len = _max_model_len(config, arch)
     built = platform.create_runner(arch, source.tensors(), config, max_model_len, sampler)
@@ -95,12 +105,16 @@ def build_engine(
     )
     executor = InProcExecutor(runner)
     core = EngineCore(card, scheduler, memory, executor, clock, lambda: runner.program_counters)
+    kept: tuple[str, ...] = ()
+    if shared is not None and shared.groups:
+        core.keeper, adopted = adopt(shared, memory, card.numerics_class, card.kv_layout_digest)
+        kept = (adopted.line(),)
     return BuiltEngine(
         core=core,
         runner=runner,
         memory=memory,
         assets={_digest(data): data for data in assets.values()},
-        report=(*reasons, why_len, *built.report),
+        report=(*reasons, why_len, *built.report, *kept),
     )
 
 

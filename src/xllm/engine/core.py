@@ -15,9 +15,10 @@ from xllm.engine.executor.base import Executor
 from xllm.engine.kernels.programs import ProgramCounters
 from xllm.engine.memory.manager import PageManager
 from xllm.engine.scheduler.scheduler import Scheduler
+from xllm.engine.surviving import Keeper
 from xllm.errors import UnavailableError
 from xllm.limits import validate_spec
-from xllm.types import EngineSnapshot, ModelCard, RequestSpec
+from xllm.types import PAGE_SIZE, EngineSnapshot, ModelCard, RequestSpec
 from xllm.wire.messages import Frame
 
 
@@ -39,6 +40,7 @@ class EngineCore:
         self._executor = executor
         self._clock = clock
         self._program_counters = program_counters
+        self.keeper: Keeper | None = None
         self._last_step_ms = 0.0
         self._draining = False
 
@@ -55,6 +57,9 @@ class EngineCore:
     def step(self) -> tuple[bool, tuple[Frame, ...]]:
         """Run one step if anything can run: (did it, the frames that came due, terminal ones included)."""
         plan = self.scheduler.plan(self._clock.monotonic_s())
+        if self.keeper is not None and self.keeper.num_due:
+            # Now, since what the last step brought is on its way to its readers. In proportion to the step.
+            self.keeper.write(None if plan is None else 1 + plan.num_rows // PAGE_SIZE)
         if plan is not None:
             result = self._executor.execute(plan)
             self._last_step_ms = result.elapsed_ms
@@ -90,4 +95,6 @@ class EngineCore:
         )
 
     def close(self) -> None:
+        if self.keeper is not None:
+            self.keeper.write()
         self._executor.close()

@@ -21,6 +21,7 @@ from xllm.engine.build import BuiltEngine, build_engine
 from xllm.engine.connection import Connection
 from xllm.engine.loop import EngineLoop
 from xllm.engine.platform.host import bind_to_cpus
+from xllm.engine.surviving import SharedPages
 from xllm.errors import ErrorInfo, XllmError
 from xllm.heap import settle
 from xllm.ids import new_request_id
@@ -47,12 +48,12 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     connection = Connection(socket.socket(fileno=args.fd))
     try:
-        return _serve(connection)
+        return _serve(connection, args.pages_fd)
     finally:
         connection.close()
 
 
-def _serve(connection: Connection) -> int:
+def _serve(connection: Connection, pages_fd: int | None) -> int:
     connection.send(Hello(incarnation=new_request_id()))
     hello, start = connection.inbox.get(), connection.inbox.get()
     if not isinstance(hello, Hello) or not isinstance(start, Start):
@@ -62,7 +63,7 @@ def _serve(connection: Connection) -> int:
             connection, f"wire version {hello.version} is not understood; this engine speaks {WIRE_VERSION}"
         )
         return 1
-    engine = _build(connection, start)
+    engine = _build(connection, start, pages_fd)
     if engine is None:
         return 1
     settle()
@@ -74,7 +75,7 @@ def _serve(connection: Connection) -> int:
     return 0
 
 
-def _build(connection: Connection, start: Start) -> BuiltEngine | None:
+def _build(connection: Connection, start: Start, pages_fd: int | None) -> BuiltEngine | None:
     def progress(stage: str, elapsed_s: float) -> None:
         connection.send(Progress(stage=stage, elapsed_s=elapsed_s))
 
@@ -84,7 +85,8 @@ def _build(connection: Connection, start: Start) -> BuiltEngine | None:
     try:
         # First: whatever is started and counted from here on knows these CPUs only.
         bound = bind_to_cpus(start.config.platform.cpus)
-        engine = build_engine(start.config, SystemClock(), progress, early)
+        shared = None if pages_fd is None else SharedPages(pages_fd)
+        engine = build_engine(start.config, SystemClock(), progress, early, shared)
         return engine if bound is None else replace(engine, report=(bound, *engine.report))
     except XllmError as error:
         connection.send(StartFailed(error=error.info()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from xllm.engine.memory.pool import PagePool, PoolCounts, PrefixKey
+from xllm.engine.memory.pool import NameListener, PagePool, PoolCounts, PrefixKey
 from xllm.engine.plan import PageCopy
 from xllm.errors import InternalError
 from xllm.prefix import page_digest
@@ -55,8 +55,21 @@ class PageManager:
     ) -> None:
         self._windows = [g.window for g in groups]
         self._limited = [(g, w) for g, w in enumerate(self._windows) if w is not None]
-        self._pools = [PagePool(n) for n in num_pages]
+        self._pools = [PagePool(n, g) for g, n in enumerate(num_pages)]
         self._caching = enable_prefix_caching
+
+    @property
+    def caching(self) -> bool:
+        return self._caching
+
+    def listen(self, listener: NameListener) -> None:
+        """Tell of names from now on; those there are already are known."""
+        for pool in self._pools:
+            pool.listener = listener
+
+    def adopt(self, group: int, pages: Sequence[tuple[int, PrefixKey]]) -> int:
+        """As `PagePool.adopt`. Only with prefix caching."""
+        return self._pools[group].adopt(pages)
 
     def new_table(self, root: bytes) -> PageTable:
         return PageTable(root=root, pages=[[] for _ in self._pools])

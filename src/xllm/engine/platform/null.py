@@ -5,17 +5,27 @@ For trying the service, the policies and the API without computing anything.
 
 from __future__ import annotations
 
+import numpy as np
+
 from xllm.arch import ArchConfig
 from xllm.config.schema import EngineConfig
 from xllm.engine.model.layout import kv_layout
 from xllm.engine.platform.base import BuiltRunner, Platform, TensorSource
-from xllm.engine.platform.null_runner import NullRunner
+from xllm.engine.platform.null_runner import NEVER_WRITTEN, NullRunner, TokenPages
 from xllm.engine.sampling import Sampler
+from xllm.engine.surviving import SharedPages
 from xllm.types import PAGE_SIZE
 
 
 class NullPlatform:
     name = "null"
+
+    def __init__(self, shared: SharedPages | None = None) -> None:
+        self._shared = shared
+
+    def over(self, shared: SharedPages) -> NullPlatform:
+        """The same platform, with its tokens in memory that outlives the process."""
+        return NullPlatform(shared)
 
     def why_not(self, config: EngineConfig, arch: ArchConfig) -> tuple[str, ...]:
         return ()
@@ -34,13 +44,23 @@ class NullPlatform:
         per_group = config.cache.num_pages or most
         num_pages = (per_group,) * len(layout.groups)
         return BuiltRunner(
-            runner=NullRunner(layout, num_pages, arch.vocab_size, sampler),
+            runner=NullRunner(layout, num_pages, arch.vocab_size, sampler, kv=self._kv(num_pages)),
             num_pages=num_pages,
             report=(
                 f"num_pages={per_group} per KV group",
                 "platform null computes nothing: tokens are hashes",
             ),
         )
+
+    def _kv(self, num_pages: tuple[int, ...]) -> list[TokenPages] | None:
+        if self._shared is None:
+            return None
+        page_bytes = PAGE_SIZE * 4
+        kv = [self._shared.next_group(n, page_bytes).view(np.int32) for n in num_pages]
+        if self._shared.found is None:
+            for pages in kv:
+                pages.fill(NEVER_WRITTEN)
+        return kv
 
 
 PLATFORM: Platform = NullPlatform()
