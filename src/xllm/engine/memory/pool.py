@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from xllm.engine.memory.news import PageNews
 from xllm.errors import InternalError
 
 
@@ -45,9 +46,14 @@ class NameListener(Protocol):
 
 
 class PagePool:
-    """Single owner of page states in one group. Not thread-safe: the step thread owns it."""
+    """Single owner of page states in one group. Not thread-safe: the step thread owns it.
 
-    def __init__(self, num_pages: int, group: int = 0) -> None:
+    `news`, where somebody wants to know, hears of every name that appears or vanishes; so does `listener`,
+    which is told the page as well.
+    """
+
+    def __init__(self, num_pages: int, news: PageNews | None = None, group: int = 0) -> None:
+        self._news = news
         self._group = group
         self.listener: NameListener | None = None
         self._free = deque(range(num_pages))
@@ -110,6 +116,8 @@ class PagePool:
         if key.digest not in self._by_digest and self._keys[page] is None:
             self._by_digest[key.digest] = page
             self._keys[page] = key
+            if self._news is not None:
+                self._news.stored(key.digest)
             if self.listener is not None:
                 self.listener.named(self._group, page, key)
 
@@ -129,6 +137,8 @@ class PagePool:
                 self._keys[page] = key
                 self._reusable[page] = None
         self._free = deque(page for page in self._free if page not in taken)
+        if taken and self._news is not None:
+            self._news.start_over()
         return len(taken)
 
     def find(self, key: PrefixKey) -> int | None:
@@ -145,7 +155,13 @@ class PagePool:
         self._keys = [None] * len(self._refs)
         if self.listener is not None:
             self.listener.all_unnamed(self._group)
+        if self._news is not None:
+            self._news.start_over()
         return num_freed
+
+    def names(self) -> tuple[bytes, ...]:
+        """Digests of all pages that a prefix may hit now."""
+        return tuple(self._by_digest)
 
     def counts(self) -> PoolCounts:
         return PoolCounts(
@@ -172,3 +188,5 @@ class PagePool:
             self._keys[page] = None
             if self.listener is not None:
                 self.listener.unnamed(self._group, page)
+            if self._news is not None:
+                self._news.removed(key.digest)
