@@ -33,8 +33,8 @@ def config(model: str) -> EngineConfig:
     return EngineConfig(model=ModelConfig(model=model))
 
 
-async def start(*models: str) -> LocalService:
-    return await LocalService.start([config(m) for m in models], FrontConfig(), SystemClock())
+async def start(*models: str, **front: float) -> LocalService:
+    return await LocalService.start([config(m) for m in models], FrontConfig(**front), SystemClock())
 
 
 async def test_an_engine_process_serves_and_ends_in_order() -> None:
@@ -82,23 +82,39 @@ async def test_a_killed_engine_is_started_again_under_its_name(caplog: pytest.Lo
     (killed,) = service.engines
     assert await up.get() == "engine-0"
     params = SamplingParams(max_tokens=1000)
-    draft = RequestDraft(model="tiny", prompt_token_ids=(70,), params=params)
+    draft = RequestDraft(model="tiny", prompt_token_ids=(70, 71), params=params)
     stream = await service.front.submit(draft)
     deltas = aiter(stream)
-    await anext(deltas)
+    tokens = list((await anext(deltas)).token_ids)
     os.kill(killed.pid, signal.SIGKILL)
-    with pytest.raises(UnavailableError):
-        async for _ in deltas:
-            pass
-    assert service.front.ready() == (False, "engine_lost")
     assert await up.get() == "engine-0"
     assert killed.exit_code == -signal.SIGKILL
     assert f"code {-signal.SIGKILL}" in caplog.text
     assert service.engines[0].pid != killed.pid
-    assert service.front.ready() == (True, "ready")
-    again = await service.front.submit(draft)
-    assert (await anext(aiter(again))).token_ids == (70,)
+    async for delta in deltas:
+        tokens += delta.token_ids
+    assert tokens == [70, 71] * 500
+    (told,) = service.front.snapshot().instances
+    assert (told.name, told.about.pid, told.about.num_restarts) == ("engine-0", service.engines[0].pid, 1)
     await service.close()
+
+
+async def test_a_cause_of_death_is_told_from_the_exit_status_and_a_stopped_process_from_its_state() -> None:
+    engines = [await LocalEngine.launch(config("tiny")) for _ in range(3)]
+    stopped, killed, crashed = engines
+    os.kill(stopped.pid, signal.SIGSTOP)
+    while not stopped.stopped():
+        await asyncio.sleep(0.001)
+    os.kill(killed.pid, signal.SIGKILL)
+    os.kill(crashed.pid, signal.SIGSEGV)
+    assert [await engine.cause() for engine in engines] == ["stopped", "killed", "crash"]
+    os.kill(stopped.pid, signal.SIGCONT)
+    while stopped.stopped():
+        await asyncio.sleep(0.001)
+    stopped.kill()
+    assert await stopped.cause() == "hang"
+    for engine in engines:
+        await engine.terminate()
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import pytest
 
 from xllm.config.instances import MAX_LOCAL, parse_instances
 from xllm.errors import ConfigError
-from xllm.service.instances.restart import HEALTHY_S, Cause, Restarts, cause_of_death
+from xllm.service.failover.blame import DeathCause
+from xllm.service.instances.restart import HEALTHY_S, Restarts, cause_of_death
 
 
 def test_the_first_restart_is_at_once_and_a_loop_gets_slower_up_to_thirty_seconds() -> None:
@@ -56,11 +57,12 @@ def test_a_start_that_fails_is_no_health_however_long_it_took() -> None:
         # Killed for its silence: the silence counts, not the signal that ended it.
         (-signal.SIGKILL, False, True, "hang"),
         (None, False, True, "hang"),
-        (None, True, True, "killed"),
-        (None, True, False, "killed"),
+        (None, True, True, "stopped"),
+        (None, True, False, "stopped"),
+        (-signal.SIGKILL, True, False, "stopped"),
     ],
 )
-def test_causes(exit_code: int | None, stopped: bool, silent: bool, cause: Cause) -> None:
+def test_causes(exit_code: int | None, stopped: bool, silent: bool, cause: DeathCause) -> None:
     assert cause_of_death(exit_code, stopped=stopped, silent=silent) == cause
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -41,6 +40,9 @@ class FakeProcess:
         await self.engine.close()
         return self.exit_code
 
+    def cause(self) -> str:
+        return "crash"
+
     def kill(self) -> None:
         self.exit_code = -9
         self.engine.crash()
@@ -51,7 +53,7 @@ class FakeFront:
 
     def __init__(self) -> None:
         self.log: list[tuple[str, str]] = []
-        self.lost: dict[str, Callable[[], None]] = {}
+        self.more: dict[str, Any] = {}
         self.refuses: Exception | None = None
         self.news = asyncio.Condition()
 
@@ -59,11 +61,11 @@ class FakeFront:
         raise AssertionError("no engine here sends assets early")
 
     async def add_instance(
-        self, stream: EngineStream, card: ModelCard, *, name: str, max_reqs: int | None, on_lost: Any
+        self, stream: EngineStream, card: ModelCard, *, name: str, max_reqs: int | None, **more: Any
     ) -> object:
         if self.refuses is not None:
             raise self.refuses
-        self.lost[name] = on_lost
+        self.more[name] = more
         await self.note("add", name)
         return None
 
@@ -126,7 +128,7 @@ class House:
     def lose(self, name: str, process: FakeProcess, code: int = -11) -> None:
         process.exit_code = code
         process.engine.crash()
-        self.front.lost[name]()
+        self.front.more[name]["on_lost"]()
 
 
 @pytest.fixture
@@ -232,14 +234,16 @@ async def test_the_first_engine_opens_the_house_and_the_others_follow_one_by_one
     await house.supervisor.close()
 
 
-async def test_a_silent_engine_is_killed_and_started_again(house: House) -> None:
+async def test_the_front_is_told_how_to_kill_a_silent_engine_and_what_it_died_of(house: House) -> None:
     await house.supervisor.start()
-    house.supervisor.kill("engine-7")
-    assert house.processes[0].exit_code is None
-    house.supervisor.kill("engine-0")
+    more = house.front.more["engine-0"]
+    assert (more["about"].pid, more["about"].num_restarts) == (house.processes[0].pid, 0)
+    assert more["cause_of"]() == "crash"
+    more["on_hung"]()
     assert house.processes[0].exit_code == -9
-    house.front.lost["engine-0"]()
+    more["on_lost"]()
     await house.front.saw("add", "engine-0", 2)
+    assert house.front.more["engine-0"]["about"].num_restarts == 1
     await house.supervisor.close()
 
 
@@ -257,29 +261,35 @@ async def test_a_rolling_restart_replaces_one_engine_after_the_other_without_any
     await house.supervisor.close()
 
 
-async def test_an_only_engine_is_replaced_by_a_successor_that_is_ready_before_it_goes(house: House) -> None:
+async def test_an_only_engine_goes_when_a_successor_takes_requests(house: House) -> None:
     await house.supervisor.start()
     await house.supervisor.rolling_restart()
     old, successor = house.processes
-    assert house.front.log == [("add", "engine-0"), ("remove", "engine-0"), ("add", "engine-0")]
+    steps = [("add", "engine-0"), ("add", "engine-1"), ("drain", "engine-0"), ("remove", "engine-0")]
+    assert house.front.log == steps
     assert (old.exit_code, successor.exit_code) == (0, None)
     assert house.fds[0] != house.fds[1]
-    house.lose("engine-0", successor)
-    await house.front.saw("add", "engine-0", 3)
+    house.lose("engine-1", successor)
+    await house.front.saw("add", "engine-1", 2)
     assert house.fds[2] == house.fds[1]
+    await house.supervisor.rolling_restart()
+    assert house.front.log[-3:] == [("add", "engine-0"), ("drain", "engine-1"), ("remove", "engine-1")]
+    assert len([p for p in house.processes if p.exit_code is None]) == 1
     await house.supervisor.close()
+    assert all(p.exit_code is not None for p in house.processes)
 
 
 async def test_an_only_engine_is_restarted_in_place_where_no_second_one_fits(house: House) -> None:
     await house.supervisor.start()
     house.failures = [ConfigError("KV cache: 12 pages take 3 MiB, but only 2 MiB are free")]
     await house.supervisor.rolling_restart()
-    assert [what for what, _ in house.front.log] == ["add", "drain", "remove", "add"]
+    assert house.front.log == [(what, "engine-0") for what in ("add", "drain", "remove", "add")]
+    assert house.fds[2] == house.fds[0]
     assert house.delays == []
     await house.supervisor.close()
 
 
-async def test_an_only_engine_that_dies_while_its_successor_loads_has_had_its_restart(house: House) -> None:
+async def test_an_only_engine_that_dies_while_its_successor_loads_leaves_one_engine(house: House) -> None:
     await house.supervisor.start()
     house.blocked.clear()
     rolling = asyncio.create_task(house.supervisor.rolling_restart())
@@ -290,10 +300,8 @@ async def test_an_only_engine_that_dies_while_its_successor_loads_has_had_its_re
         await asyncio.sleep(0)
     house.blocked.set()
     await rolling
-    await house.front.saw("add", "engine-0", 2)
-    alive = [p for p in house.processes if p.exit_code is None]
-    assert len(alive) == 1
-    assert len(house.processes) == 3
+    assert [slot.name for slot in house.supervisor.slots] == ["engine-1"]
+    assert len([p for p in house.processes if p.exit_code is None]) == 1
     await house.supervisor.close()
 
 

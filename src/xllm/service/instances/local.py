@@ -17,6 +17,7 @@ from pathlib import Path
 from xllm.config import EngineConfig
 from xllm.config.env import engine_environment
 from xllm.errors import UnavailableError
+from xllm.service.failover.blame import DeathCause
 from xllm.service.instances.handshake import (
     OnAssets,
     OnProgress,
@@ -24,7 +25,7 @@ from xllm.service.instances.handshake import (
     ignore_progress,
     start_engine,
 )
-from xllm.service.instances.restart import Cause, cause_of_death
+from xllm.service.instances.restart import cause_of_death
 from xllm.types import ModelCard
 from xllm.wire.messages import Drain
 from xllm.wire.stream import EngineStream, SocketEngineStream
@@ -108,7 +109,7 @@ class LocalEngine:
         """None while it runs; negative = the signal that ended it."""
         return self._process.poll()
 
-    async def cause(self) -> Cause:
+    async def cause(self) -> DeathCause:
         """What is to be held against the requests it has: to be asked when it is suspect or lost.
 
         Where it still runs after a moment, it is what it looks like now: stopped, silent, or neither.

@@ -6,16 +6,14 @@ Time is an argument; no process, clock or event loop may live here.
 from __future__ import annotations
 
 import signal
-from typing import Literal
+
+from xllm.service.failover.blame import DeathCause
 
 DELAYS_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 """Before the nth start after as many deaths in a row; the last one from then on."""
 
 HEALTHY_S = 60.0
 """Who has served this long did not die of its start: the row begins anew."""
-
-Cause = Literal["crash", "killed", "hang", "unknown"]
-"""crash and hang are the engine's own doing; killed and unknown may have come from outside."""
 
 _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
 
@@ -43,17 +41,16 @@ class Restarts:
         return delay_s
 
 
-def cause_of_death(exit_code: int | None, *, stopped: bool, silent: bool) -> Cause:
+def cause_of_death(exit_code: int | None, *, stopped: bool, silent: bool) -> DeathCause:
     """What to hold against the requests that an engine had.
 
     `exit_code` None = it still runs; `stopped` = by a signal such as SIGSTOP, which is nobody's fault
     inside; `silent` = it made no progress while it ran.
     """
-    if stopped or exit_code in _FROM_OUTSIDE:
-        # An engine that was killed for its silence has SIGKILL as its status: what counts is the silence.
-        return "hang" if silent and not stopped else "killed"
+    if stopped:
+        return "stopped"
     if silent:
-        return "hang"
-    if exit_code is None or exit_code == 0:
-        return "unknown"
-    return "crash"
+        return "hang"  # killed for its silence, as a rule: the silence is what counts
+    if exit_code in _FROM_OUTSIDE:
+        return "killed"
+    return "unknown" if exit_code is None or exit_code == 0 else "crash"

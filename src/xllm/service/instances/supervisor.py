@@ -15,7 +15,9 @@ from typing import Protocol
 from xllm.clock import Clock
 from xllm.config import EngineConfig, FrontConfig
 from xllm.errors import XllmError
+from xllm.service.instances.about import InstanceAbout
 from xllm.service.instances.canary import Canaries, ask
+from xllm.service.instances.instance import CauseOf
 from xllm.service.instances.local import LocalEngine
 from xllm.service.instances.pages import SlotPages
 from xllm.service.instances.restart import Restarts
@@ -50,6 +52,9 @@ class EngineKeeper(Protocol):
         name: str,
         max_reqs: int | None,
         on_lost: Callable[[], None] | None,
+        about: InstanceAbout | None,
+        cause_of: CauseOf | None,
+        on_hung: Callable[[], None] | None,
     ) -> object: ...
 
     async def drain_instance(self, name: str, grace_s: float) -> object: ...
@@ -67,6 +72,7 @@ class Slot:
         self.pages = SlotPages(name)
         self.engine: LocalEngine | None = None
         self.num_starts = 0
+        self.task: asyncio.Task[None] | None = None
         self.planned = False
         self.up = asyncio.Event()
         self.down = asyncio.Event()
@@ -98,7 +104,7 @@ class Supervisor:
         self._launch = launch
         self._sleep = sleep
         self._canaries = Canaries()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._starting: asyncio.Task[None] | None = None
         self._rolling = asyncio.Lock()
         self.slots = tuple(Slot(f"engine-{i}", config) for i, config in enumerate(configs))
 
@@ -110,9 +116,9 @@ class Supervisor:
         """
         first, *others = self.slots
         await self._bring_up(first)
-        self._tasks.append(asyncio.create_task(self._keep(first), name=f"keep {first.name}"))
+        self._look_after(first)
         if others:
-            self._tasks.append(asyncio.create_task(self._start_others(others), name="start engines"))
+            self._starting = asyncio.create_task(self._start_others(others), name="start engines")
 
     async def all_tried(self) -> None:
         """Wait until every engine has been started once, or failed to."""
@@ -129,28 +135,22 @@ class Supervisor:
                 if slot.up.is_set():
                     await self._replace(slot)
 
-    def kill(self, name: str) -> None:
-        """End an engine that makes no progress, so that it is started again. Unknown names are ignored."""
-        for slot in self.slots:
-            if slot.name == name and slot.engine is not None and slot.engine.exit_code is None:
-                slot.engine.kill()
-
     async def close(self) -> None:
         """End every engine; nothing is started any more. The front has let go of them."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        engines = [slot.engine for slot in self.slots if slot.engine is not None]
-        await asyncio.gather(*(engine.terminate() for engine in engines))
-        for slot in self.slots:
-            slot.pages.close()
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
+        await asyncio.gather(*(_end(slot) for slot in self.slots))
 
     # -- one slot -----------------------------------------------------------------------------------
 
     async def _start_others(self, slots: Sequence[Slot]) -> None:
         for slot in slots:
-            self._tasks.append(asyncio.create_task(self._keep(slot), name=f"keep {slot.name}"))
+            self._look_after(slot)
             await slot.tried.wait()
+
+    def _look_after(self, slot: Slot) -> None:
+        slot.task = asyncio.create_task(self._keep(slot), name=f"keep {slot.name}")
 
     async def _keep(self, slot: Slot) -> None:
         """Have an engine in the slot for ever."""
@@ -221,6 +221,9 @@ class Supervisor:
             name=slot.name,
             max_reqs=engine.max_reqs,
             on_lost=slot.down.set,
+            about=InstanceAbout(pid=engine.pid, num_restarts=slot.num_starts - 1),
+            cause_of=engine.cause,
+            on_hung=engine.kill,
         )
         slot.restarts.serving(self._clock.monotonic_s())
         slot.up.set()
@@ -229,14 +232,14 @@ class Supervisor:
 
     async def _replace(self, slot: Slot) -> None:
         if any(other.up.is_set() for other in self.slots if other is not slot):
-            await self._restart_in_place(slot)
+            await self._restart_in_place(slot, min(ROLLING_GRACE_S, self._config.shutdown_timeout_s))
         else:
-            await self._swap(slot)
+            await self._succeed(slot)
 
-    async def _restart_in_place(self, slot: Slot) -> None:
+    async def _restart_in_place(self, slot: Slot, grace_s: float) -> None:
         """The others take over meanwhile. Takes no second helping of memory, and the pages stay."""
-        log.info("%s is restarted; the other engines take its requests", slot.name)
-        await self._front.drain_instance(slot.name, min(ROLLING_GRACE_S, self._config.shutdown_timeout_s))
+        log.info("%s is restarted in place", slot.name)
+        await self._front.drain_instance(slot.name, grace_s)
         if not slot.up.is_set():
             return  # it died of itself meanwhile and is being started anew
         slot.planned = True
@@ -245,34 +248,34 @@ class Supervisor:
         slot.down.set()
         await slot.up.wait()
 
-    async def _swap(self, slot: Slot) -> None:
-        """Nobody else could take over, so the successor loads beside the engine and then takes its name.
+    async def _succeed(self, slot: Slot) -> None:
+        """Nobody else could take over, so a successor in a slot of its own takes requests before it goes.
 
-        Costs memory for two until then, and the pages; where the memory is not there, the engine itself
-        says so, and is restarted in place while its requests wait.
+        Costs memory for two until then, and the pages. An engine that finds no room says so itself; then
+        the old one is restarted in place, running requests wait, and new ones are told to come again.
         """
-        old, pages = slot.engine, SlotPages(slot.name)
+        names = {f"engine-{i}" for i in range(len(self.slots) + 1)} - {s.name for s in self.slots}
+        fresh = Slot(min(names), slot.config)
         try:
-            successor = await self._launched(slot, pages)
+            await self._bring_up(fresh)
         except XllmError as error:
             log.warning("no second engine can be started beside %s (%s)", slot.name, error)
-            pages.close()
-            await self._restart_in_place(slot)
+            fresh.pages.close()
+            await self._restart_in_place(slot, 0.0)
             return
-        if old is None or old is not slot.engine or not slot.up.is_set():
-            await successor.terminate()  # it died of itself meanwhile, and that was its restart
-            pages.close()
-            return
-        slot.pages, pages = pages, slot.pages
-        try:
-            # In this order, since a name is one engine's; requests wait for the moment between.
-            await self._front.remove_instance(slot.name)
-            await self._add(slot, successor)
-        except BaseException:
-            slot.up.clear()
-            slot.down.set()
-            await asyncio.shield(successor.terminate())
-            raise
-        finally:
-            await asyncio.shield(old.terminate())
-            pages.close()
+        self._look_after(fresh)
+        self.slots = (*self.slots, fresh)
+        await self._front.drain_instance(slot.name, min(ROLLING_GRACE_S, self._config.shutdown_timeout_s))
+        await self._front.remove_instance(slot.name)
+        await _end(slot)
+        self.slots = tuple(s for s in self.slots if s is not slot)
+
+
+async def _end(slot: Slot) -> None:
+    """For good: nothing is started in it any more."""
+    if slot.task is not None:
+        slot.task.cancel()
+        await asyncio.gather(slot.task, return_exceptions=True)
+    if slot.engine is not None:
+        await slot.engine.terminate()
+    slot.pages.close()
