@@ -5,13 +5,11 @@ For trying the service, the policies and the API without computing anything.
 
 from __future__ import annotations
 
-import numpy as np
-
 from xllm.arch import ArchConfig
 from xllm.config.schema import EngineConfig
 from xllm.engine.model.layout import kv_layout
 from xllm.engine.platform.base import BuiltRunner, Platform, TensorSource
-from xllm.engine.platform.null_runner import NEVER_WRITTEN, NullRunner, TokenPages
+from xllm.engine.platform.null_runner import NullRunner, token_pages
 from xllm.engine.sampling import Sampler
 from xllm.engine.surviving import SharedPages
 from xllm.types import PAGE_SIZE
@@ -43,24 +41,15 @@ class NullPlatform:
         most = config.scheduler.max_num_seqs * -(-max_model_len // PAGE_SIZE)
         per_group = config.cache.num_pages or most
         num_pages = (per_group,) * len(layout.groups)
+        kv = None if self._shared is None else token_pages(self._shared, num_pages)
         return BuiltRunner(
-            runner=NullRunner(layout, num_pages, arch.vocab_size, sampler, kv=self._kv(num_pages)),
+            runner=NullRunner(layout, num_pages, arch.vocab_size, sampler, kv=kv),
             num_pages=num_pages,
             report=(
                 f"num_pages={per_group} per KV group",
                 "platform null computes nothing: tokens are hashes",
             ),
         )
-
-    def _kv(self, num_pages: tuple[int, ...]) -> list[TokenPages] | None:
-        if self._shared is None:
-            return None
-        page_bytes = PAGE_SIZE * 4
-        kv = [self._shared.next_group(n, page_bytes).view(np.int32) for n in num_pages]
-        if self._shared.found is None:
-            for pages in kv:
-                pages.fill(NEVER_WRITTEN)
-        return kv
 
 
 PLATFORM: Platform = NullPlatform()

@@ -14,6 +14,7 @@ import xxhash
 
 from xllm.engine.plan import SequencePlan, SequenceResult, StepPlan, StepResult
 from xllm.engine.sampling import Sampler
+from xllm.engine.surviving import SharedPages
 from xllm.errors import InternalError, XllmError
 from xllm.types import PAGE_SIZE, KVLayout, TokenLogprobs
 
@@ -24,6 +25,15 @@ NEVER_WRITTEN = -1
 
 Fault = Callable[[SequencePlan], None]
 """Called for each sequence before it is computed; raises to inject a failure."""
+
+
+def token_pages(shared: SharedPages, num_pages: Sequence[int]) -> list[TokenPages]:
+    """KV in memory that outlives the process: what an earlier engine left, else nothing."""
+    kv = [shared.next_group(n, PAGE_SIZE * 4).view(np.int32) for n in num_pages]
+    if shared.found is None:
+        for pages in kv:
+            pages.fill(NEVER_WRITTEN)
+    return kv
 
 
 class NullRunner:
