@@ -25,6 +25,7 @@ from xllm.cli.bench.datasets import WORDS
 from xllm.cli.http_client import Exchange, Server, events
 from xllm.testing.server_process import ServerProcess, serve
 
+COUNTERS = ("xllm:engine_requests_accepted", "vllm:generation_tokens", "vllm:prompt_tokens")
 POLICIES = ("round-robin", "least-load", "cache-aware", "slo-aware")
 IDEAL = "one"
 
@@ -127,6 +128,15 @@ def per_engine(server: ServerProcess, name: str) -> list[float]:
     return [v for k, v in server.metrics().items() if k.startswith((name + "{", name + "_total{"))]
 
 
+def wait_for_all(server: ServerProcess, num: int, timeout_s: float = 120.0) -> None:
+    """A server is ready with its first instance; a comparison starts with all of them."""
+    end = time.perf_counter() + timeout_s
+    while (up := sum(per_engine(server, "xllm:instance_up"))) < num:
+        if time.perf_counter() > end:
+            raise SystemExit(f"only {up:.0f} of {num} instances are up after {timeout_s:.0f} s")
+        time.sleep(0.2)
+
+
 def spread(values: Sequence[float]) -> float:
     return max(values) / statistics.mean(values) if values and sum(values) else float("nan")
 
@@ -138,12 +148,15 @@ def measure(
     if policy != IDEAL:
         args += ["--instances", f"mixed:{num_instances}", "--router-policy", policy]
     with serve(*args) as server:
+        wait_for_all(server, 1 if policy == IDEAL else num_instances)
+        before = [per_engine(server, name) for name in COUNTERS]
         started = time.perf_counter()
         seen = asyncio.run(run_load(Server.parse(server.base_url), model, load))
         wall_s = time.perf_counter() - started
-        accepted = per_engine(server, "xllm:engine_requests_accepted")
-        drawn = per_engine(server, "vllm:generation_tokens")
-        computed = per_engine(server, "vllm:prompt_tokens")
+        after = [per_engine(server, name) for name in COUNTERS]
+    accepted, drawn, computed = (
+        [late - early for late, early in zip(*both, strict=True)] for both in zip(after, before, strict=True)
+    )
     work = [p + d for p, d in zip(computed, drawn, strict=True)]
     if not seen.ttft_ms:
         raise SystemExit(f"{policy}: no request was answered: {seen.errors[:3]}")
