@@ -49,7 +49,7 @@ def cache_aware(request: RequestView, snapshot: RouterSnapshot, config: FrontCon
     num_tokens = request.num_prompt_tokens + request.num_emitted
     share = _share(snapshot)
     over = _over_share(prospects, share)
-    scored = [(_score(p, p.name in over), p) for p in _candidates(prospects)]
+    scored = [(_score(p, p.name in over), p) for p in _candidates(prospects, over)]
     chosen = pick(scored, request.request_id)
     hit_ms = chosen.full_prefill_ms - chosen.prefill_ms
     reasons = [
@@ -85,22 +85,22 @@ def _over_share(prospects: list[Prospect], share: _Share) -> set[str]:
     works = sorted(p.work_ms for p in prospects)
     if len(works) < 2:
         return set()
-    return {
-        p.name
-        for p in prospects
-        if p.hit and share.is_over(p, works[1] if p.work_ms == works[0] else works[0])
-    }
+    return {p.name for p in prospects if share.is_over(p, works[1] if p.work_ms == works[0] else works[0])}
 
 
 def _score(prospect: Prospect, is_over: bool) -> float:
-    """Saved prefill less queue and pressure, from a whole prefill there: instances may differ in speed."""
-    prefill_ms = prospect.full_prefill_ms if is_over else prospect.prefill_ms
+    """Saved prefill less queue and pressure, from a whole prefill there: instances may differ in speed.
+
+    One that is over its share saves nothing, and counts as if it had to compute the prompt twice: it is
+    still taken where all others have long queues.
+    """
+    prefill_ms = 2 * prospect.full_prefill_ms if is_over else prospect.prefill_ms
     return -(prefill_ms + load_ms(prospect))
 
 
-def _candidates(prospects: list[Prospect]) -> list[Prospect]:
+def _candidates(prospects: list[Prospect], over: set[str]) -> list[Prospect]:
     matches = sorted((p for p in prospects if p.hit > 0), key=lambda p: -p.hit)[:NUM_MATCHES]
-    rest = [(load_ms(p) + p.full_prefill_ms, p) for p in prospects if p not in matches]
+    rest = [(-_score(p, p.name in over), p) for p in prospects if p not in matches]
     if not rest:
         return matches
     least = min(load for load, _ in rest)

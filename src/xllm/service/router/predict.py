@@ -1,7 +1,7 @@
 """What placing a request on each instance would mean, in predicted milliseconds: the arithmetic that
 the load-aware policies share. They differ in what they make of it.
 
-Where an instance's step cost is not known yet, another's is taken, and at a cold start a nominal one: the
+Where an instance's step cost is not known yet, its peers' is taken, and at a cold start a nominal one: the
 order is then that of counts and tokens, and no policy needs a second path.
 """
 
@@ -22,6 +22,8 @@ and its writer may still fail."""
 NOMINAL = StepCost((2.0, 0.1, 0.00005, 0.3, 0.0002))
 STEP_ROWS = 512
 """Rows that an engine is taken to compute in a step: the default of max_num_batched_tokens."""
+DOUBTFUL_ERROR = 0.25
+"""A mean relative error from which on a fit is not believed where it differs from the others'."""
 MAX_EXPECTED_OUTPUT = 64
 """Of max_tokens, what is counted as work: clients ask for far more than they get."""
 TIE_SHARE, MIN_TIE_MS, MAX_TIE_MS = 0.05, 0.5, 5.0
@@ -70,13 +72,35 @@ def num_requests(view: InstanceView) -> int:
 
 def prospects_of(request: RequestView, snapshot: RouterSnapshot) -> list[Prospect]:
     """One per instance with room, in the snapshot's order."""
-    costs = [StepCost.known(view.engine.cost) for view in snapshot.instances]
-    known = next((cost for cost in costs if cost is not None), None)
+    known = {v.name: c for v in snapshot.instances if (c := StepCost.known(v.engine.cost)) is not None}
+    usual = _mean(list(known.values())) if known else NOMINAL
     return [
-        _prospect(request, view, cost or known or NOMINAL, known is not None)
-        for view, cost in zip(snapshot.instances, costs, strict=True)
+        _prospect(request, view, _believed(view, known.get(view.name), usual), bool(known))
+        for view in snapshot.instances
         if view.has_room
     ]
+
+
+def _mean(costs: list[StepCost]) -> StepCost:
+    if len(costs) == 1:
+        return costs[0]
+    columns = zip(*(cost.coefficients for cost in costs), strict=True)
+    return StepCost(tuple([sum(column) / len(costs) for column in columns]))
+
+
+def _believed(view: InstanceView, own: StepCost | None, usual: StepCost) -> StepCost:
+    """The instance's own cost as far as its fit can be trusted, else what is usual among its peers.
+
+    Instances of a model are mostly equal. A fit that is often wrong would make one of them look faster
+    by chance, and everything new would go there.
+    """
+    if own is None or own is usual:
+        return usual
+    doubt = min(1.0, view.engine.cost_error / DOUBTFUL_ERROR)
+    if doubt < 0.05:
+        return own
+    pairs = zip(own.coefficients, usual.coefficients, strict=True)
+    return StepCost(tuple([mine + doubt * (theirs - mine) for mine, theirs in pairs]))
 
 
 def _prospect(request: RequestView, view: InstanceView, cost: StepCost, is_fitted: bool) -> Prospect:
