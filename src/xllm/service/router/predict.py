@@ -8,6 +8,7 @@ order is then that of counts and tokens, and no policy needs a second path.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import xxhash
 
@@ -70,13 +71,18 @@ def num_requests(view: InstanceView) -> int:
     return max(view.num_reqs, view.engine.num_requests)
 
 
+_known = lru_cache(maxsize=1024)(StepCost.known)
+"""A cost changes once in many steps and is looked at with every request."""
+
+
 def prospects_of(request: RequestView, snapshot: RouterSnapshot) -> list[Prospect]:
     """One per instance with room, in the snapshot's order."""
-    known = {v.name: c for v in snapshot.instances if (c := StepCost.known(v.engine.cost)) is not None}
-    usual = _mean(list(known.values())) if known else NOMINAL
+    costs = [_known(view.engine.cost) for view in snapshot.instances]
+    known = [cost for cost in costs if cost is not None]
+    usual = _mean(known) if known else NOMINAL
     return [
-        _prospect(request, view, _believed(view, known.get(view.name), usual), bool(known))
-        for view in snapshot.instances
+        _prospect(request, view, _believed(view, cost, usual), bool(known))
+        for view, cost in zip(snapshot.instances, costs, strict=True)
         if view.has_room
     ]
 
@@ -84,7 +90,7 @@ def prospects_of(request: RequestView, snapshot: RouterSnapshot) -> list[Prospec
 def _mean(costs: list[StepCost]) -> StepCost:
     if len(costs) == 1:
         return costs[0]
-    columns = zip(*(cost.coefficients for cost in costs), strict=True)
+    columns = zip(*[cost.coefficients for cost in costs], strict=True)
     return StepCost(tuple([sum(column) / len(costs) for column in columns]))
 
 
