@@ -15,7 +15,7 @@ TEST_STAMP := $(VENV)/.xllm-test-setup
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test-setup kernels model serve test lint null reference native integration robustness exactness sanitize bench-ttft bench-serve bench-client bench-overhead bench-peers bench-compare bench-rates bench-step bench-perplexity soak freeze clean
+.PHONY: help setup test-setup kernels model serve test lint null reference native integration robustness exactness sanitize bench-ttft bench-serve bench-client bench-overhead bench-routing bench-routing-live bench-peers bench-compare bench-rates bench-step bench-perplexity soak freeze clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -92,6 +92,12 @@ bench-serve: setup kernels  ## `xllm bench serve` at several request rates again
 
 bench-client: setup  ## how many tokens a second the load generator itself can take
 	@$(BIN)/python benchmarks/client_limit.py
+
+bench-routing: setup  ## router policies on shared-prefix multi-turn load, in virtual time; minutes
+	@$(BIN)/python -m benchmarks.routing $(ARGS)
+
+bench-routing-live: test-setup kernels model  ## the same comparison against real servers over HTTP
+	@$(BIN)/python -m benchmarks.routing_live --model $(MODEL) $(ARGS)
 
 # No model is needed: steps take a fixed time and no CPU.
 bench-overhead: setup  ## CPU time of front and engine around a step that computes nothing

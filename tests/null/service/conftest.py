@@ -60,13 +60,17 @@ class House:
         return await self.front.submit(draft)
 
     def reconfigure(self, **config: Any) -> None:
-        self.front = Front(FrontConfig(**config), None, self.clock)
+        self.front = Front(FrontConfig(**{**BY_TURNS, **config}), None, self.clock)
+
+
+BY_TURNS = {"router_policy": "round-robin"}
+"""Tests of the front name the engine that they expect; how loads and caches place has tests of its own."""
 
 
 @pytest.fixture
 async def house() -> AsyncIterator[House]:
     clock = FakeClock()
-    made = House(clock=clock, front=Front(FrontConfig(), None, clock))
+    made = House(clock=clock, front=Front(FrontConfig(**BY_TURNS), None, clock))
     yield made
     await made.front.close()
     for engine in made.engines:
