@@ -113,7 +113,7 @@ KINDS: dict[str, dict[str, object]] = {
         "allowed_token_ids": LETTERS,
     },
     "stop ids": {"temperature": 1.0, "seed": 9, "stop_token_ids": tuple(range(3, 30))},
-    "eos": {"temperature": 1.0, "seed": 2, "logit_bias": {2: 3.0}, "ignore_eos": False},
+    "eos": {"temperature": 1.0, "seed": 2, "logit_bias": {2: 4.5}, "ignore_eos": False},
     "penalties": {
         "temperature": 0.8,
         "seed": 4,
