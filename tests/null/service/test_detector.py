@@ -114,7 +114,7 @@ def test_silence_in_a_long_step_is_given_its_predicted_rest_too() -> None:
 def test_a_step_of_which_nothing_is_known_is_given_more_time() -> None:
     watch = Watch()
     for _ in range(30):
-        watch.pulse(7, layer=0, predicted=0.0)
+        watch.pulse(7, layer=3, predicted=0.0)
         watch.pass_time(0.5)
     assert 10.0 < watch.found[0][0] <= 10.0 + 2 * TICK_S
 
