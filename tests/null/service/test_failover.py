@@ -28,10 +28,11 @@ from xllm.errors import (
     RequestError,
     UnavailableError,
 )
+from xllm.prefix import page_digest, root_digest
 from xllm.service.front import Front
 from xllm.service.instances.about import InstanceAbout
 from xllm.service.live import LiveRequest
-from xllm.service.router.base import Placement
+from xllm.service.router.base import Placement, RequestView, RouterSnapshot
 from xllm.service.snapshot import NullObserver, RequestRecord
 from xllm.testing.fake_engine import SampleEngine, sample_card
 from xllm.types import FinishReason, RequestSpec
@@ -595,6 +596,33 @@ async def test_a_gap_in_page_news_asks_once_for_everything_and_a_loss_purges(hou
     engine.crash()
     await lost(house, 0)
     assert house.front.kv_index.instances() == ()
+
+
+async def test_a_policy_sees_which_pages_are_there_and_which_are_about_to_be(house: House) -> None:
+    seen: list[dict[str, tuple[tuple[str, int], ...]]] = []
+
+    def policy(request: RequestView, snapshot: RouterSnapshot, config: FrontConfig) -> Placement:
+        seen.append({i.name: i.matched for i in snapshot.instances})
+        return Placement(instance="engine-1", reasons=())
+
+    house.front = Front(FrontConfig(), policy, house.clock)
+    one, two = [await house.engine(auto=False, script=say(SCRIPT)) for _ in range(2)]
+    prompt = "a" * 150
+    root = root_digest("sample", None, "")
+    first = page_digest(root, byte_ids(prompt)[:64])
+    one.tell(KvDelta(seq=0, reset=True, stored=(first,)))
+    await turns(lambda: house.front.kv_index.num_pages("engine-0") == 1)
+    stream = await house.submit(prompt)
+    await house.submit(prompt)
+    assert seen == [
+        {"engine-0": (("device", 64),), "engine-1": ()},
+        {"engine-0": (("device", 64),), "engine-1": (("expected", 128),)},
+    ]
+    await two.saw(Submit, 2)
+    two.step()
+    await stream.wait_ready()
+    await house.submit(prompt)
+    assert seen[-1]["engine-1"] == (), "once it has answered only the index counts"
 
 
 async def test_load_counts_come_back_to_nothing(house: House) -> None:
