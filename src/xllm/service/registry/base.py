@@ -7,7 +7,7 @@ request is ever stored. A registry that cannot be reached costs no request: call
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -148,7 +148,7 @@ class Registry(Protocol):
     ) -> Outcome:
         """All compares hold → the successes, else the failures, in one step. Raises LeaseGone."""
 
-    def watch(self, prefix: str, from_revision: int) -> AsyncIterator[Event]:
+    def watch(self, prefix: str, from_revision: int) -> AsyncGenerator[Event, None]:
         """Every change at `from_revision` or later, in order, without gaps; else it ends with WatchLost."""
 
     async def grant(self, ttl_s: float) -> Lease:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from xllm.clock import Clock
@@ -101,7 +101,7 @@ class EmbeddedRegistry:
         self._record(events)
         return Outcome(succeeded=succeeded, revision=self._revision, entries=tuple(answers))
 
-    async def watch(self, prefix: str, from_revision: int) -> AsyncIterator[Event]:
+    async def watch(self, prefix: str, from_revision: int) -> AsyncGenerator[Event, None]:
         check_prefix(prefix)
         position = from_revision
         while True:

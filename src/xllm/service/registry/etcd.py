@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
 from xllm.errors import ConfigError
@@ -80,8 +80,7 @@ class EtcdRegistry:
 
     async def get(self, key: str) -> Entry | None:
         check_key(key)
-        request = self._rpc.RangeRequest(key=key.encode())
-        answer = await self._read(lambda at: at.kv.Range(request, **self._how()))
+        answer = await self._range(self._rpc.RangeRequest(key=key.encode()))
         return _entry(answer.kvs[0]) if answer.kvs else None
 
     async def list(self, prefix: str) -> Listing:
@@ -92,7 +91,7 @@ class EtcdRegistry:
         while True:
             # All pages are read at the revision of the first one, so that together they are one view.
             request = self._rpc.RangeRequest(key=begin, range_end=end, limit=PAGE_ENTRIES, revision=revision)
-            answer = await self._read(lambda at, request=request: at.kv.Range(request, **self._how()))
+            answer = await self._range(request)
             revision = revision or answer.header.revision
             entries.extend(_entry(kv) for kv in answer.kvs)
             if not answer.more:
@@ -162,7 +161,7 @@ class EtcdRegistry:
 
     # -- watching -----------------------------------------------------------------------------------
 
-    async def watch(self, prefix: str, from_revision: int) -> AsyncIterator[Event]:
+    async def watch(self, prefix: str, from_revision: int) -> AsyncGenerator[Event, None]:
         check_prefix(prefix)
         create = self._rpc.WatchCreateRequest(
             key=prefix.encode(), range_end=_after(prefix), start_revision=from_revision
@@ -219,6 +218,9 @@ class EtcdRegistry:
     def _rotate(self, failed: _Channel) -> None:
         if self._channels[self._current] is failed:
             self._current = (self._current + 1) % len(self._channels)
+
+    async def _range(self, request: Any) -> Any:
+        return await self._read(lambda at: at.kv.Range(request, **self._how()))
 
     async def _read(self, call: Callable[[_Channel], Awaitable[Any]]) -> Any:
         """For calls that may be repeated: a few tries with growing pauses, one endpoint after the other."""
