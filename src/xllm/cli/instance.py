@@ -43,6 +43,8 @@ NOT_OURS = frozenset(settings(FrontConfig, ServerConfig)) - {"shutdown_timeout_s
 }
 """Settings of other commands in the same sections: accepted in a shared file, no flag here."""
 
+DRAINING = "draining: running answers may end, nothing new is accepted"
+
 ANNOUNCE_S = 1.0
 """For telling the registry before draining begins; connected fronts are told by the engine anyway."""
 
@@ -96,11 +98,11 @@ async def _serve(stop: asyncio.Event, loaded: Loaded, server: InstanceServer, wh
             say("no registry: give this address to xllm service --registry static://…")
             say(f"ready: {advertised(cluster, server.address, ())}")
             await _first(stop, ended)
+            say(DRAINING)
             server.drain()
+            await ended.wait()
         else:
             await _serve_registered(stop, ended, cluster, server, where, SystemClock())
-        say("draining: running answers may end, nothing new is accepted")
-        await ended.wait()
     finally:
         server.stop()
         # The step that runs is not waited for: it may be what hangs, and the process ends anyway.
@@ -139,6 +141,7 @@ async def _serve_registered(
             say(f"registered as {membership.record.member_id}")
             await _first(stop, ended)
         joining.cancel()
+        say(DRAINING)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ANNOUNCE_S):
                 await membership.announce("draining")

@@ -1,4 +1,4 @@
-"""What SIGTERM and Ctrl-C mean to a command that runs until it is told to end: once = in order, twice = now."""
+"""SIGTERM and Ctrl-C for a command that runs until it is told to end: once = in order, twice = now."""
 
 from __future__ import annotations
 

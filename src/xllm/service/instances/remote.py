@@ -15,12 +15,12 @@ from typing import Protocol
 
 from xllm.clock import Clock
 from xllm.errors import ConfigError, UnavailableError, XllmError
+from xllm.service.instances.about import InstanceAbout
 from xllm.service.instances.handshake import attach
 from xllm.service.registry.address import Address, parse_address
 from xllm.service.registry.backoff import Backoff
 from xllm.service.registry.directory import Change, Directory, Member
 from xllm.service.registry.record import MemberRecord
-from xllm.types import ModelCard
 from xllm.wire.hello import Identity
 from xllm.wire.messages import Hello, Ready
 from xllm.wire.stream import EngineStream, connect_tcp
@@ -40,11 +40,11 @@ class InstanceHost(Protocol):
     async def add_instance(
         self,
         stream: EngineStream,
-        card: ModelCard,
+        card: Ready,
         *,
         name: str,
-        max_reqs: int | None = None,
         on_lost: Callable[[], None] | None = None,
+        about: InstanceAbout | None = None,
     ) -> object: ...
 
     async def drain_instance(self, name: str, grace_s: float) -> None: ...
@@ -177,10 +177,16 @@ class RemoteInstances:
             async with asyncio.timeout(ADD_TIMEOUT_S):
                 await self._host.add_instance(
                     peer.stream,
-                    peer.ready.card,
+                    peer.ready,
                     name=record.member_id,
-                    max_reqs=peer.ready.max_reqs,
                     on_lost=lost.set,
+                    about=InstanceAbout(
+                        pid=peer.ready.pid,
+                        incarnation=incarnation,
+                        address=record.address,
+                        phases=peer.ready.phases,
+                        pulses=True,
+                    ),
                 )
             self.num_connects += 1
             log.info("instance %s at %s is connected", record.member_id, record.address)
