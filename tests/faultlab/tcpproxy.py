@@ -126,23 +126,48 @@ class TcpProxy:
         self._pairs.add(pair)
         try:
             await asyncio.gather(
-                self._pump(reader, to_writer, "up"),
-                self._pump(to_reader, writer, "down"),
+                *self._way(reader, to_writer, "up"),
+                *self._way(to_reader, writer, "down"),
             )
+        except asyncio.CancelledError:
+            # Only `_shut` cancels, and asyncio's server logs a cancelled handler as an error.
+            self.counts["ended"] += 1
         finally:
             self._pairs.discard(pair)
             for one in pair:
                 one.transport.abort()
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: Way) -> None:
+    def _way(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: Way
+    ) -> tuple[Coroutine[Any, Any, None], Coroutine[Any, Any, None]]:
+        """Reading and writing apart, so that a delay delays every byte and does not slow the stream."""
+        line: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(256)
+        return self._take(reader, line, way), self._give(line, writer)
+
+    async def _take(
+        self, reader: asyncio.StreamReader, line: asyncio.Queue[tuple[float, bytes]], way: Way
+    ) -> None:
         num_bytes = 0
         with contextlib.suppress(OSError):
             while data := await reader.read(CHUNK_BYTES):
                 data = await self._spoil(data, way, num_bytes)
                 num_bytes += len(data)
+                toxics = self._toxics
+                delay_s = toxics.latency_s if toxics.way in ("both", way) else 0.0
+                self.counts["delayed"] += delay_s > 0
+                await line.put((self._loop.time() + delay_s, data))
+        await line.put((self._loop.time(), b""))
+
+    async def _give(self, line: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                due_s, data = await line.get()
+                await asyncio.sleep(max(0.0, due_s - self._loop.time()))
+                if not data:
+                    writer.write_eof()
+                    return
                 writer.write(data)
                 await writer.drain()
-            writer.write_eof()
 
     async def _spoil(self, data: bytes, way: Way, num_before: int) -> bytes:
         while self._toxics.blackhole and self._toxics.way in ("both", way):
@@ -151,9 +176,6 @@ class TcpProxy:
         toxics = self._toxics
         if toxics.way not in ("both", way):
             return data
-        if toxics.latency_s:
-            self.counts["delayed"] += 1
-            await asyncio.sleep(toxics.latency_s)
         if toxics.bandwidth_bytes_s:
             self.counts["slowed"] += 1
             await asyncio.sleep(len(data) / toxics.bandwidth_bytes_s)

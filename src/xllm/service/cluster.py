@@ -13,6 +13,7 @@ from xllm.errors import ConfigError
 from xllm.service.front import Front
 from xllm.service.instances.remote import RemoteInstances, tcp_connector
 from xllm.service.registry.address import is_id, parse_registry
+from xllm.service.registry.advertise import advertised
 from xllm.service.registry.base import Registry
 from xllm.service.registry.directory import Directory, RegistryDirectory, StaticDirectory
 from xllm.service.registry.membership import Membership
@@ -44,6 +45,7 @@ class ClusterService:
         if not is_id(config.cluster):
             raise ConfigError(f"cluster={config.cluster!r}: use letters, digits, '.', '_' and '-'")
         self._config = config
+        self._endpoints = address.endpoints
         self._clock = clock
         self._identity = Identity.of(config, FRONT)
         self._registry: Registry | None = None
@@ -69,8 +71,8 @@ class ClusterService:
         """Begin to look for instances."""
         self.remote.start()
 
-    def register(self, address: str) -> None:
-        """Tell the registry that a front answers at `address` (host:port); goes on by itself."""
+    def register(self, host: str, port: int) -> None:
+        """Tell the registry that a front answers HTTP there; goes on by itself."""
         if self._registry is None:
             return
         identity = self._identity
@@ -78,7 +80,7 @@ class ClusterService:
             # Drawn anew by each process: a front has no lasting name and never waits for an old lease.
             member_id=identity.incarnation,
             incarnation=identity.incarnation,
-            address=address,
+            address=advertised(self._config, (host, port), self._endpoints),
             wire_version=WIRE_VERSION,
             pid=os.getpid(),
             started_s=self._clock.wall_s(),

@@ -149,6 +149,9 @@ class RemoteInstances:
                         said.clear()
                     except (XllmError, OSError, ValueError, TimeoutError) as error:
                         self._failed(name, error, said)
+                    except Exception:
+                        # A bug of ours: the other instances and later tries must not suffer.
+                        log.exception("instance %s: looking after its connection failed", name)
                     if self._clock.monotonic_s() - began_s >= STEADY_S:
                         backoff.reset()
                     pause_s: float | None = backoff.delay_s()

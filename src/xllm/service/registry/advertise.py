@@ -25,7 +25,7 @@ def advertised(cluster: ClusterConfig, bound: tuple[str, int], registry: Sequenc
         except ValueError as error:
             raise ConfigError(f"advertise={cluster.advertise!r}: {error}", param="advertise") from error
         return str(Address(told.host, told.port or port))
-    if not ipaddress.ip_address(host).is_unspecified:
+    if not _is_any(host):
         return str(Address(host, port))
     for endpoint in registry:
         outward = _outward_host(endpoint)
@@ -38,6 +38,13 @@ def advertised(cluster: ClusterConfig, bound: tuple[str, int], registry: Sequenc
             param="advertise",
         )
     return str(Address(socket.gethostname(), port))
+
+
+def _is_any(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False  # a name
 
 
 def _outward_host(endpoint: Address) -> str | None:

@@ -34,12 +34,15 @@ class LeaseGone(UnavailableError):
     default_code = "lease_gone"
 
 
+WatchLostReason = Literal["compacted", "disconnected", "disorder", "cluster", "closed"]
+
+
 class WatchLost(UnavailableError):
     """Events may have been missed: list again, then watch from the listing's revision on."""
 
     default_code = "watch_lost"
 
-    def __init__(self, reason: Literal["compacted", "disconnected", "overrun", "cluster", "closed"]) -> None:
+    def __init__(self, reason: WatchLostReason) -> None:
         super().__init__(f"the watch on the registry was lost ({reason}); list again")
         self.reason = reason
 

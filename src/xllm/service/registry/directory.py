@@ -173,34 +173,37 @@ class RegistryDirectory:
     async def _run(self, on_change: OnChange) -> None:
         while True:
             try:
-                listing = await self._registry.list(self._prefix)
-            except UnavailableError as error:
-                self._say_reachable(False, error.message)
-                await asyncio.sleep(self._backoff.delay_s())
-                continue
-            self._say_reachable(True)
-            self.num_relists += 1
-            _tell(on_change, self.view.apply_listing(listing))
-            self._listed.set()
-            try:
-                async with asyncio.timeout(self._relist_s):
-                    await self._follow(listing.revision + 1, on_change)
-            except TimeoutError:
+                await self._look(on_change)
                 self._backoff.reset()
+                continue
             except WatchLost as lost:
                 self.num_watches_lost[lost.reason] += 1
-                await asyncio.sleep(self._backoff.delay_s())
-            except UnavailableError:
-                self.num_watches_lost["refused"] += 1
-                await asyncio.sleep(self._backoff.delay_s())
+            except UnavailableError as error:
+                self._say_reachable(False, error.message)
+            except Exception:
+                # A bug of ours: without this task the front would never hear of anybody again.
+                log.exception("reading the members failed; reading them anew")
+            await asyncio.sleep(self._backoff.delay_s())
+
+    async def _look(self, on_change: OnChange) -> None:
+        """List once and follow until it is time to list again. Raises what the registry raises."""
+        listing = await self._registry.list(self._prefix)
+        self._say_reachable(True)
+        self.num_relists += 1
+        _tell(on_change, self.view.apply_listing(listing))
+        self._listed.set()
+        try:
+            async with asyncio.timeout(self._relist_s):
+                await self._follow(listing.revision + 1, on_change)
+        except TimeoutError:
+            return
 
     async def _follow(self, revision: int, on_change: OnChange) -> None:
-        """Apply events until one comes out of order, which only a full reading can put right."""
+        """Apply events. Raises WatchLost, also when one is out of order: only a full reading heals that."""
         async with aclosing(self._registry.watch(self._prefix, revision)) as events:
             async for event in events:
                 if event.revision < revision:
-                    self.num_watches_lost["disorder"] += 1
-                    return
+                    raise WatchLost("disorder")
                 revision = event.revision
                 _tell(on_change, self.view.apply_event(event))
 

@@ -64,6 +64,9 @@ class Leadership:
                 self._backoff.reset()
             except UnavailableError:
                 pause_s = self._backoff.delay_s()
+            except Exception:
+                log.exception("%s: competing for the lead failed; trying again", self._key.key)
+                pause_s = self._key.ttl_s / 3
             await asyncio.sleep(pause_s)
 
 

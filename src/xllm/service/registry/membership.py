@@ -13,9 +13,9 @@ import logging
 import msgspec
 
 from xllm.clock import Clock
-from xllm.errors import ConfigError, UnavailableError
+from xllm.errors import ConfigError, RequestError, UnavailableError
 from xllm.service.registry.backoff import Backoff
-from xllm.service.registry.base import Entry, Registry
+from xllm.service.registry.base import Entry, Registry, check_key, check_ttl
 from xllm.service.registry.held_key import HeldKey
 from xllm.service.registry.record import (
     MemberKind,
@@ -46,7 +46,10 @@ class Membership:
         clock: Clock,
         backoff: Backoff | None = None,
     ) -> None:
-        self._key = HeldKey(registry, member_key(cluster, kind, record.member_id), ttl_s=ttl_s, clock=clock)
+        """Raises ConfigError for a record that no reader would accept, or a lease that no registry grants."""
+        key = member_key(cluster, kind, record.member_id)
+        _check(key, record, ttl_s)
+        self._key = HeldKey(registry, key, ttl_s=ttl_s, clock=clock)
         self._record = record
         self._clock = clock
         self._backoff = backoff if backoff is not None else Backoff()
@@ -116,6 +119,10 @@ class Membership:
             except UnavailableError as error:
                 self._say_reachable(False, error.message)
                 pause_s = min(self._backoff.delay_s(), self._key.ttl_s * RENEW_SHARE)
+            except Exception:
+                # A bug of ours must not end the registration of a process that serves.
+                log.exception("%s: keeping the place in the registry failed; trying again", self._key.key)
+                pause_s = self._key.ttl_s * RENEW_SHARE
             await asyncio.sleep(pause_s)
 
     async def _claim_or_renew(self) -> float:
@@ -157,6 +164,19 @@ class Membership:
         elif not reachable and self._reachable:
             log.warning("%s; serving goes on, registration is tried again", why)
         self._reachable = reachable
+
+
+def _check(key: str, record: MemberRecord, ttl_s: float) -> None:
+    try:
+        check_key(key)
+        check_ttl(ttl_s)
+    except RequestError as error:
+        raise ConfigError(f"cluster, instance_id, lease_ttl_s: {error.message}") from error
+    found = decode_record(key, encode_record(record))
+    if not isinstance(found, MemberRecord):
+        raise ConfigError(
+            f"this member cannot be registered ({found}); check address, served_model_name and instance_id"
+        )
 
 
 def _seen(joined: asyncio.Future[None]) -> None:

@@ -310,3 +310,28 @@ async def test_a_leader_campaigns_in_the_background(town: Town) -> None:
     await two.step()
     assert two.epoch() > 0
     await two.close()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"address": "nowhere"},
+        {"model_ids": ("m" * 300,)},
+        {"incarnation": ""},
+        {"member_id": "a/b"},
+        {"ttl_s": 0.1},
+    ],
+)
+async def test_what_nobody_could_read_is_refused_before_it_is_written(
+    town: Town, fields: dict[str, object]
+) -> None:
+    ttl_s = float(str(fields.pop("ttl_s", TTL_S)))
+    with pytest.raises(ConfigError):
+        Membership(
+            town.registry,
+            "c",
+            "instances",
+            record(**fields),
+            ttl_s=ttl_s,
+            clock=town.clock,  # type: ignore[arg-type]
+        )
