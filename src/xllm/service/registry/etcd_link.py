@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -84,14 +83,15 @@ class EtcdLink:
     async def repeat(self, call: Call) -> Any:
         """For calls that may be made twice: one endpoint after the other until the time is over."""
         backoff = Backoff(0.05, 0.5)
-        end_s = time.monotonic() + self.timeout_s
+        now = asyncio.get_running_loop().time
+        end_s = now() + self.timeout_s
         try_s = max(MIN_TRY_S, self.timeout_s / len(self._endpoints))
         while True:
             try:
-                return await self.once(call, min(try_s, max(MIN_TRY_S, end_s - time.monotonic())))
+                return await self.once(call, min(try_s, max(MIN_TRY_S, end_s - now())))
             except RegistryError:
                 pause_s = backoff.delay_s()
-                if self.closed or time.monotonic() + pause_s >= end_s:
+                if self.closed or now() + pause_s >= end_s:
                     raise
                 await asyncio.sleep(pause_s)
 
