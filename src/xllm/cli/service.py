@@ -23,6 +23,7 @@ from xllm.config.report import sources_lines
 from xllm.heap import settle
 from xllm.observability.logs import setup_logging
 from xllm.service.cluster import ClusterService
+from xllm.service.registry.address import Address
 from xllm.version import __version__
 
 SECTIONS = (FrontConfig, ClusterConfig, ServerConfig)
@@ -54,7 +55,7 @@ async def _serve(stop: asyncio.Event, loaded: Loaded) -> int:
         await server.start()
         try:
             service.start()
-            service.register(server_config.host, server.port)
+            service.register(str(Address(server_config.host, server.port)))
             settle()
             say("waiting for instances; /ready tells when requests can be served")
             say(f"ready: {base_url(server_config.host, server.port)}")

@@ -12,7 +12,7 @@ from xllm.config import ClusterConfig, FrontConfig
 from xllm.errors import ConfigError
 from xllm.service.front import Front
 from xllm.service.instances.remote import RemoteInstances, tcp_connector
-from xllm.service.registry.address import is_id, parse_registry
+from xllm.service.registry.address import is_id, parse_address, parse_registry
 from xllm.service.registry.advertise import advertised
 from xllm.service.registry.base import Registry
 from xllm.service.registry.directory import Directory, RegistryDirectory, StaticDirectory
@@ -71,16 +71,17 @@ class ClusterService:
         """Begin to look for instances."""
         self.remote.start()
 
-    def register(self, host: str, port: int) -> None:
-        """Tell the registry that a front answers HTTP there; goes on by itself."""
+    def register(self, address: str) -> None:
+        """Tell the registry that a front answers HTTP at `address` (host:port); goes on by itself."""
         if self._registry is None:
             return
+        bound = parse_address(address)
         identity = self._identity
         record = MemberRecord(
             # Drawn anew by each process: a front has no lasting name and never waits for an old lease.
             member_id=identity.incarnation,
             incarnation=identity.incarnation,
-            address=advertised(self._config, (host, port), self._endpoints),
+            address=advertised(self._config, (bound.host, bound.port), self._endpoints),
             wire_version=WIRE_VERSION,
             pid=os.getpid(),
             started_s=self._clock.wall_s(),
