@@ -23,7 +23,7 @@ from tests.faultlab.etcd import EtcdServer, free_port
 from tests.faultlab.lab import body
 from xllm.service.registry.address import Address
 from xllm.service.registry.etcd import EtcdRegistry
-from xllm.service.registry.record import MemberRecord, encode_record, member_key, member_prefix
+from xllm.service.registry.record import MemberKind, MemberRecord, encode_record, member_key, member_prefix
 from xllm.testing.server_process import ServerProcess
 
 BODIES = [body(f"stream {i} " * (1 + i % 5), max_tokens=30 + 7 * (i % 4)) for i in range(12)]
@@ -93,6 +93,7 @@ def test_start_order_does_not_matter_and_two_fronts_serve(tmp_path: Path) -> Non
             wait_for(lambda: is_ready(first), "the first front is ready")
             second = town.service()
             wait_connected(second, 1)
+            wait_for(lambda: len(asyncio.run(listed(etcd, "fronts"))) == 2, "both fronts are registered")
             wanted = asyncio.run(golden(first.base_url, BODIES))
             assert [a.content() for a in asyncio.run(golden(second.base_url, BODIES))] == [
                 a.content() for a in wanted
@@ -240,10 +241,10 @@ def test_f62_a_clone_and_a_stranger_at_a_members_address_are_refused_by_name(
     assert said(service, "is connected") == 1
 
 
-async def listed(etcd: EtcdServer) -> list[str]:
-    """The keys of all instances."""
+async def listed(etcd: EtcdServer, kind: MemberKind = "instances") -> list[str]:
+    """The keys of all members."""
     registry = EtcdRegistry([Address("127.0.0.1", etcd.port)])
-    keys = [entry.key for entry in (await registry.list(member_prefix("default", "instances"))).entries]
+    keys = [entry.key for entry in (await registry.list(member_prefix("default", kind))).entries]
     await registry.close()
     return keys
 
