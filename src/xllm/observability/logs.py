@@ -136,6 +136,11 @@ class BoundedHandler(logging.Handler):
             self.num_dropped += 1  # closed, or the disk is full: this line is lost, the next may not be
 
 
+def num_dropped_lines() -> int:
+    """Of this process, since its logging was set up."""
+    return sum(h.num_dropped for h in logging.getLogger("xllm").handlers if isinstance(h, BoundedHandler))
+
+
 def setup_logging(
     level: str = "info", *, as_json: bool = False, stream: TextIO | None = None
 ) -> BoundedHandler:
