@@ -340,7 +340,7 @@ def cases(num_instances: list[int]) -> list[Case]:
         found += [
             plain,
             replace(plain, name=f"{n}, light load", rate=0.1),
-            replace(plain, name=f"{n}, heavy load", rate=0.9),
+            replace(plain, name=f"{n}, heavy load", rate=1.3),
             replace(plain, name=f"{n}, small caches", cache_pages=400),
             replace(plain, name=f"{n}, one hot prompt", num_systems=2, zipf=3.0),
             replace(plain, name=f"{n}, a slow one", slow=2.0),

@@ -28,6 +28,8 @@ OPTIONAL = {
     "gguf",
     "psutil",
     "readline",
+    "aetcd",
+    "grpc",
 }
 
 

@@ -22,6 +22,8 @@ from xllm.version import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("xllm.cli.serve", "serve a model over the OpenAI API"),
+    "service": ("xllm.cli.service", "serve what instances elsewhere have loaded"),
+    "instance": ("xllm.cli.instance", "load a model for services elsewhere"),
     "chat": ("xllm.cli.chat", "talk to a model in the terminal"),
     "bench": ("xllm.cli.bench.command", "measure a server, or the engine alone"),
     "explain": ("xllm.cli.explain", "say why a request went where it went, and where its time was spent"),

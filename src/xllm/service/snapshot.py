@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from xllm.service.draft import RequestDraft
+from xllm.service.failover.decision import MoveCost
 from xllm.service.instances.about import InstanceAbout, InstanceState
 from xllm.service.router.base import Placement
 from xllm.service.stream import Delta, Usage
@@ -53,6 +54,7 @@ class FrontSnapshot:
     num_suspicions: int
     num_quarantined: int
     num_nonexact_resumes: int
+    num_kv_gaps: int
     instances: tuple[InstanceSnapshot, ...]
 
 
@@ -101,7 +103,7 @@ class FrontObserver(Protocol):
         """The request was sent to an instance."""
 
     def on_moved(
-        self, request_id: str, source: str, target: str, cause: str, gap_s: float, recompute_tokens: int
+        self, request_id: str, source: str, target: str, cause: str, gap_s: float, cost: MoveCost
     ) -> None:
         """It was sent to `target` since it could not stay at `source`, `gap_s` after its last output.
 
@@ -137,7 +139,7 @@ class NullObserver:
         return
 
     def on_moved(
-        self, request_id: str, source: str, target: str, cause: str, gap_s: float, recompute_tokens: int
+        self, request_id: str, source: str, target: str, cause: str, gap_s: float, cost: MoveCost
     ) -> None:
         return
 

@@ -1,4 +1,4 @@
-"""`xllm serve` as a user runs it, in a process of its own, for tests and benchmarks."""
+"""`xllm serve`, `service` and `instance` as a user runs them, each in a process of its own, for tests."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ READY = "ready: "
 
 
 class ServerProcess:
-    """A running server. `lines` is everything it printed to stderr so far."""
+    """A running server. `lines` is everything it printed to stderr so far.
 
-    def __init__(self, args: Sequence[str], env: Mapping[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "xllm.cli.main", "serve", *args, "--port", "0"]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+    `base_url` is what it called ready: of an instance, the address that fronts connect to.
+    """
+
+    def __init__(
+        self, args: Sequence[str], env: Mapping[str, str] | None = None, *, command: str = "serve"
+    ) -> None:
+        port = () if command == "instance" else ("--port", "0")
+        words = [sys.executable, "-m", "xllm.cli.main", command, *args, *port]
+        self.process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=env)
         self.lines: list[str] = []
         self.base_url = ""
         self._urls: queue.Queue[str | None] = queue.Queue()

@@ -1,7 +1,7 @@
 """Cache-aware: where the prefix is, unless that instance has more than its share of the work.
 
 A score in milliseconds per candidate: what the cache saves, less what the queue costs. Candidates are the
-best matches and always the least loaded instance, so that a hot prefix can leave its only holder.
+best matches and always the least loaded of the others, so that a hot prefix can leave its only holder.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from xllm.config import FrontConfig
 from xllm.service.router.base import Placement, RequestView, RouterSnapshot
 from xllm.service.router.least_load import load_ms
-from xllm.service.router.predict import Prospect, is_cost_known, num_requests, pick, prospects_of
+from xllm.service.router.predict import TIE_MS, Prospect, num_requests, pick, prospects_of
 
 NUM_MATCHES = 3
 SHARE_NEW = 1.08
@@ -48,7 +48,7 @@ def cache_aware(request: RequestView, snapshot: RouterSnapshot, config: FrontCon
     num_tokens = request.num_prompt_tokens + request.num_emitted
     share = _share(snapshot)
     over = {p.name for p in prospects if p.hit and share.is_over(p, num_tokens)}
-    scored = [(_score(p, p.name in over), p) for p in _candidates(prospects, over)]
+    scored = [(_score(p, p.name in over), p) for p in _candidates(prospects)]
     chosen = pick(scored, request.request_id)
     hit_ms = chosen.full_prefill_ms - chosen.prefill_ms
     reasons = [
@@ -57,7 +57,7 @@ def cache_aware(request: RequestView, snapshot: RouterSnapshot, config: FrontCon
         f"queue_ms={chosen.queue_ms:.1f}",
         f"tpot_ms={chosen.tpot_ms:.1f}",
         f"recent_ms={chosen.view.recent_ms:.0f}/{share.recent_ms:.0f}",
-        "cost=fitted" if is_cost_known(snapshot) else "cost=nominal",
+        "cost=fitted" if chosen.is_fitted else "cost=nominal",
     ]
     if over:
         reasons.append(f"over_share={'+'.join(sorted(over))}")
@@ -86,10 +86,11 @@ def _score(prospect: Prospect, is_over: bool) -> float:
     return -(prefill_ms + load_ms(prospect))
 
 
-def _candidates(prospects: list[Prospect], over: set[str]) -> list[Prospect]:
+def _candidates(prospects: list[Prospect]) -> list[Prospect]:
     matches = sorted((p for p in prospects if p.hit > 0), key=lambda p: -p.hit)[:NUM_MATCHES]
-    # The least loaded are several when nothing distinguishes them: `pick` then chooses.
-    loads = [(load_ms(p) + p.full_prefill_ms, p) for p in prospects]
-    least = min(load for load, _ in loads)
-    idle = [p for load, p in loads if load <= least + 1e-6 and p not in matches]
-    return matches + idle
+    rest = [(load_ms(p) + p.full_prefill_ms, p) for p in prospects if p not in matches]
+    if not rest:
+        return matches
+    least = min(load for load, _ in rest)
+    # Several where nothing distinguishes them: `pick` then chooses.
+    return matches + [p for load, p in rest if load <= least + TIE_MS]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from xllm.config import FrontConfig
 from xllm.service.router.base import Placement, RequestView, RouterSnapshot
-from xllm.service.router.predict import Prospect, is_cost_known, pick, prospects_of
+from xllm.service.router.predict import Prospect, pick, prospects_of
 
 PRESSURE_TOKENS = 16
 """How many tokens' time after the first one counts as well: it moves streams away from instances that decode
@@ -30,7 +30,7 @@ def least_load(request: RequestView, snapshot: RouterSnapshot, config: FrontConf
         f"prefill_ms={chosen.full_prefill_ms:.1f}",
         f"tpot_ms={chosen.tpot_ms:.1f}",
         f"reqs={chosen.num_reqs}",
-        "cost=fitted" if is_cost_known(snapshot) else "cost=nominal",
+        "cost=fitted" if chosen.is_fitted else "cost=nominal",
     )
     return Placement(
         instance=chosen.name,

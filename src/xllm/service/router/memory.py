@@ -61,6 +61,9 @@ class PlacementMemory:
         """It is gone: nothing is expected of it, and one of that name starts afresh."""
         self._recent_ms.pop(instance, None)
         self._expected.pop(instance, None)
+        gone = [request_id for request_id, (name, _) in self._pending.items() if name == instance]
+        for request_id in gone:
+            del self._pending[request_id]
 
     def recent_ms(self, among: Collection[str]) -> dict[str, float]:
         """Recent work of each of these."""

@@ -8,7 +8,8 @@ order is then that of counts and tokens, and no policy needs a second path.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from zlib import crc32
+
+import xxhash
 
 from xllm.cost import StepCost, attention_work
 from xllm.service.router.base import InstanceView, RequestView, RouterSnapshot
@@ -27,14 +28,14 @@ TIE_MS = 0.5
 """Predictions closer than this say nothing."""
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Prospect:
     """One instance with room, if the request went there. Built and read within one decision.
 
     `hit` counts cached prompt tokens, each at its tier's weight. `queue_ms` passes before the request's
     first row, `prefill_ms` then until its first token, `full_prefill_ms` had nothing been cached.
     `tpot_ms` holds once everything placed there decodes. `work_ms` and `full_work_ms` are what the
-    instance has to do for it, with and without the cache.
+    instance has to do for it, with and without the cache. `is_fitted`: measured costs, if only borrowed ones.
     """
 
     view: InstanceView
@@ -46,11 +47,15 @@ class Prospect:
     tpot_ms: float
     work_ms: float
     full_work_ms: float
-    error: float
+    is_fitted: bool
 
     @property
     def name(self) -> str:
         return self.view.name
+
+    @property
+    def error(self) -> float:
+        return self.view.engine.cost_error
 
     @property
     def ttft_ms(self) -> float:
@@ -62,22 +67,18 @@ def num_requests(view: InstanceView) -> int:
     return max(view.num_reqs, view.engine.num_requests)
 
 
-def is_cost_known(snapshot: RouterSnapshot) -> bool:
-    return any(StepCost.known(view.engine.cost) is not None for view in snapshot.instances)
-
-
 def prospects_of(request: RequestView, snapshot: RouterSnapshot) -> list[Prospect]:
     """One per instance with room, in the snapshot's order."""
     costs = [StepCost.known(view.engine.cost) for view in snapshot.instances]
-    borrowed = next((cost for cost in costs if cost is not None), NOMINAL)
+    known = next((cost for cost in costs if cost is not None), None)
     return [
-        _prospect(request, view, cost or borrowed)
+        _prospect(request, view, cost or known or NOMINAL, known is not None)
         for view, cost in zip(snapshot.instances, costs, strict=True)
         if view.has_room
     ]
 
 
-def _prospect(request: RequestView, view: InstanceView, cost: StepCost) -> Prospect:
+def _prospect(request: RequestView, view: InstanceView, cost: StepCost, is_fitted: bool) -> Prospect:
     c0, c1, c2, c3, c4 = cost.coefficients
     engine = view.engine
     # An earlier attempt's output is prompt to the next one.
@@ -90,14 +91,15 @@ def _prospect(request: RequestView, view: InstanceView, cost: StepCost) -> Prosp
     num_reqs = num_requests(view)
     context = max(view.context_tokens, engine.decode_context)
     # Every step of the prompts ahead, and of this one, also draws for whoever decodes.
-    step_ms = c0 + c3 * engine.num_decoding + c4 * engine.decode_context
-    chunk = max(PAGE_SIZE, STEP_ROWS - engine.num_decoding)
-    company = engine.decode_context / engine.num_decoding if engine.num_decoding else num_tokens
+    num_decoding = engine.num_decoding
+    step_ms = c0 + c3 * num_decoding + c4 * engine.decode_context
+    chunk = max(PAGE_SIZE, STEP_ROWS - num_decoding)
+    company = engine.decode_context / num_decoding if num_decoding else num_tokens
     num_steps = -(-(backlog + rows) // chunk)
     own_steps = min(num_steps, -(-rows // chunk))
     full_steps = -(-num_tokens // chunk)
-    attention_ms = c2 * attention_work(num_tokens - rows, rows)
     full_attention_ms = c2 * attention_work(0, num_tokens)
+    attention_ms = c2 * attention_work(num_tokens - rows, rows) if hit else full_attention_ms
     queue_ms = backlog * (c1 + c2 * company / 2) + (num_steps - own_steps) * step_ms
     if engine.num_running:
         # The step that is running now: half of it is left on average.
@@ -111,13 +113,12 @@ def _prospect(request: RequestView, view: InstanceView, cost: StepCost) -> Prosp
         queue_ms=queue_ms,
         prefill_ms=c1 * rows + attention_ms + own_steps * step_ms,
         full_prefill_ms=c1 * num_tokens + full_attention_ms + full_steps * step_ms,
-        tpot_ms=cost.decode_ms(
-            max(num_reqs, engine.num_decoding) + request.num_choices,
-            context + backlog + num_tokens * request.num_choices,
-        ),
+        tpot_ms=c0
+        + c3 * (max(num_reqs, num_decoding) + request.num_choices)
+        + c4 * (context + backlog + num_tokens * request.num_choices),
         work_ms=c0 * own_steps + c1 * rows + attention_ms + decode_work_ms,
         full_work_ms=c0 * full_steps + c1 * num_tokens + full_attention_ms + decode_work_ms,
-        error=engine.cost_error,
+        is_fitted=is_fitted,
     )
 
 
@@ -138,4 +139,6 @@ def pick(scored: list[tuple[float, Prospect]], request_id: str) -> Prospect:
     near = [prospect for score, prospect in scored if score >= best - TIE_MS]
     if len(near) == 1:
         return near[0]
-    return min(near, key=lambda p: (p.view.recent_ms, crc32(f"{request_id}|{p.name}".encode())))
+    return min(
+        near, key=lambda p: (p.view.recent_ms, xxhash.xxh3_64_intdigest(f"{request_id}|{p.name}".encode()))
+    )

@@ -10,7 +10,7 @@ from xllm.config import FrontConfig
 from xllm.service.router.base import Placement, RequestView, RouterSnapshot
 from xllm.service.router.cache_aware import cache_aware
 from xllm.service.router.least_load import load_ms
-from xllm.service.router.predict import MAX_EXPECTED_OUTPUT, Prospect, is_cost_known, pick, prospects_of
+from xllm.service.router.predict import MAX_EXPECTED_OUTPUT, Prospect, pick, prospects_of
 from xllm.types import PAGE_SIZE
 
 DEFAULT_TTFT_MS = 1000.0
@@ -18,23 +18,23 @@ DEFAULT_TPOT_MS = 50.0
 MIN_MARGIN = 0.1
 """A prediction keeps an objective when it does so with this margin, or with the fit's own error if larger."""
 PACKING = 0.25
-"""Of a whole prefill: what a full instance is worth more than an empty one. A cache that saves more wins."""
+"""Of the request's work: what a full instance is preferred by. A cache that saves more than this wins."""
 
 
 def slo_aware(request: RequestView, snapshot: RouterSnapshot, config: FrontConfig) -> Placement | None:
-    if not is_cost_known(snapshot):
-        placement = cache_aware(request, snapshot, config)
-        return placement and _because(placement, "slo=ignored_until_costs_are_known")
     prospects = prospects_of(request, snapshot)
     if not prospects:
         return None
+    if not prospects[0].is_fitted:
+        placement = cache_aware(request, snapshot, config)
+        return placement and _because(placement, "slo=ignored_until_costs_are_known")
     uses = {p.name: _use(request, p) for p in prospects}
     if request.cls == "offline":
         return _answer(request, [(-_disturbance(p), p) for p in prospects], uses, "class=offline")
     keeping = [p for p in prospects if uses[p.name] <= 1.0 and _has_pages(request, p)]
     if keeping:
-        whole_ms = min(p.full_prefill_ms for p in keeping)
-        scored = [(PACKING * whole_ms * uses[p.name] - p.prefill_ms, p) for p in keeping]
+        whole_ms = min(p.full_work_ms for p in keeping)
+        scored = [(PACKING * whole_ms * uses[p.name] - p.work_ms, p) for p in keeping]
         return _answer(request, scored, uses, f"slo=kept_by_{len(keeping)}_of_{len(prospects)}")
     # In units of its objective, so a miss by a tenth is a miss by a tenth at every objective. The factor
     # makes ties of `pick` (0.5) differences of half a percent.

@@ -1,0 +1,317 @@
+"""The registry on an etcd v3 server or cluster, over the gRPC stubs that aetcd brings.
+
+aetcd's own client is not used: it hides revisions of transactions, knows one endpoint, and its watch
+loses the border between "nothing happened" and "not connected". Every call here has a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import Any
+
+from xllm.errors import ConfigError
+from xllm.service.registry.address import Address
+from xllm.service.registry.backoff import Backoff
+from xllm.service.registry.base import (
+    MAX_VALUE_BYTES,
+    Compare,
+    Delete,
+    Entry,
+    Event,
+    Get,
+    Lease,
+    LeaseGone,
+    Listing,
+    Operation,
+    Outcome,
+    Put,
+    RegistryError,
+    WatchLost,
+    check_key,
+    check_prefix,
+    check_transaction,
+    check_ttl,
+)
+
+log = logging.getLogger(__name__)
+
+CALL_TIMEOUT_S = 2.0
+NUM_TRIES = 3
+PAGE_ENTRIES = 32
+"""Entries of one answer to `list`: others may have written values of 1.5 MiB each (etcd's own limit)."""
+
+MAX_LISTED = 10_000
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+
+_OPTIONS = (
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.enable_http_proxy", 0),
+    # Notices a peer that vanished without a word. etcd refuses pings more often than every 5 s.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
+)
+
+
+class EtcdRegistry:
+    """See `Registry`. Create it inside a running event loop; it connects by itself when first used."""
+
+    def __init__(self, endpoints: Sequence[Address], *, call_timeout_s: float = CALL_TIMEOUT_S) -> None:
+        try:
+            from aetcd import rpc
+            from grpc.aio import EOF
+        except ImportError as error:
+            raise ConfigError(
+                "registry=etcd://… needs the package aetcd; install xllm[etcd]", code="missing_package"
+            ) from error
+        self._rpc: Any = rpc
+        self._eof: Any = EOF
+        self._timeout_s = call_timeout_s
+        self._channels = [_Channel(rpc, endpoint) for endpoint in endpoints]
+        self._current = 0
+        self._closed = False
+
+    # -- calls ------------------------------------------------------------------------------------
+
+    async def get(self, key: str) -> Entry | None:
+        check_key(key)
+        answer = await self._range(self._rpc.RangeRequest(key=key.encode()))
+        return _entry(answer.kvs[0]) if answer.kvs else None
+
+    async def list(self, prefix: str) -> Listing:
+        check_prefix(prefix)
+        begin, end = prefix.encode(), _after(prefix)
+        entries: list[Entry] = []
+        revision = 0
+        while True:
+            # All pages are read at the revision of the first one, so that together they are one view.
+            request = self._rpc.RangeRequest(key=begin, range_end=end, limit=PAGE_ENTRIES, revision=revision)
+            answer = await self._range(request)
+            revision = revision or answer.header.revision
+            entries.extend(_entry(kv) for kv in answer.kvs)
+            if not answer.more:
+                cluster = f"{answer.header.cluster_id:x}"
+                return Listing(entries=tuple(entries), revision=revision, cluster=cluster)
+            if len(entries) >= MAX_LISTED:
+                raise RegistryError(f"more than {MAX_LISTED} keys below {prefix}; clean up the registry")
+            begin = bytes(answer.kvs[-1].key) + b"\0"
+
+    async def put(self, key: str, value: bytes, lease: int = 0) -> int:
+        outcome = await self.transact((), (Put(key=key, value=value, lease=lease),))
+        return outcome.revision
+
+    async def delete(self, key: str) -> bool:
+        outcome = await self.transact((), (Get(key=key), Delete(key=key)))
+        return outcome.entries[0] is not None
+
+    async def transact(
+        self, compares: Sequence[Compare], successes: Sequence[Operation], failures: Sequence[Operation] = ()
+    ) -> Outcome:
+        check_transaction(compares, successes, failures)
+        request = self._rpc.TxnRequest(
+            compare=[self._compare(compare) for compare in compares],
+            success=[self._operation(op) for op in successes],
+            failure=[self._operation(op) for op in failures],
+        )
+        # Not repeated: after an error nobody knows whether it took effect; the caller reads and decides.
+        answer = await self._once(lambda at: at.kv.Txn(request, **self._how()))
+        branch = successes if answer.succeeded else failures
+        answers = zip(branch, answer.responses, strict=True)
+        ranges = [reply.response_range for op, reply in answers if isinstance(op, Get)]
+        entries = tuple(_entry(found.kvs[0]) if found.kvs else None for found in ranges)
+        return Outcome(succeeded=answer.succeeded, revision=answer.header.revision, entries=entries)
+
+    async def grant(self, ttl_s: float) -> Lease:
+        check_ttl(ttl_s)
+        request = self._rpc.LeaseGrantRequest(TTL=math.ceil(ttl_s))
+        # Repeated at worst this leaves a lease without keys behind, which ends by itself.
+        answer = await self._read(lambda at: at.lease.LeaseGrant(request, **self._how()))
+        return Lease(lease_id=answer.ID, ttl_s=float(answer.TTL))
+
+    async def keep_alive(self, lease_id: int) -> bool:
+        async def renew(at: _Channel) -> Any:
+            call = at.lease.LeaseKeepAlive(**self._how())
+            try:
+                await call.write(self._rpc.LeaseKeepAliveRequest(ID=lease_id))
+                answer = await call.read()
+            finally:
+                call.cancel()
+            if answer is self._eof:
+                raise RegistryError("the registry ended the call without an answer")
+            return answer
+
+        answer = await self._read(renew)
+        return bool(answer.TTL > 0)
+
+    async def revoke(self, lease_id: int) -> None:
+        request = self._rpc.LeaseRevokeRequest(ID=lease_id)
+        try:
+            await self._once(lambda at: at.lease.LeaseRevoke(request, **self._how()))
+        except LeaseGone:
+            return
+
+    async def close(self) -> None:
+        self._closed = True
+        await asyncio.gather(*(channel.close() for channel in self._channels))
+
+    # -- watching -----------------------------------------------------------------------------------
+
+    async def watch(self, prefix: str, from_revision: int) -> AsyncGenerator[Event, None]:
+        check_prefix(prefix)
+        create = self._rpc.WatchCreateRequest(
+            key=prefix.encode(), range_end=_after(prefix), start_revision=from_revision
+        )
+        at = self._at()
+        call = at.watch.Watch(wait_for_ready=True)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await call.write(self._rpc.WatchRequest(create_request=create))
+                created = await call.read()
+            self._check_created(created, from_revision)
+            while True:
+                answer = await call.read()
+                if answer is self._eof:
+                    raise WatchLost("disconnected")
+                if answer.canceled or answer.compact_revision:
+                    raise WatchLost("compacted" if answer.compact_revision else "disconnected")
+                for event in answer.events:
+                    yield _event(event)
+        except TimeoutError as error:
+            self._rotate(at)
+            raise WatchLost("disconnected") from error
+        except self._rpc.AioRpcError as error:
+            self._rotate(at)
+            raise WatchLost("disconnected") from error
+        except asyncio.CancelledError:
+            # The channel's close cancels its calls; a cancelled task of ours is another matter.
+            if self._closed and not _is_cancelled():
+                raise WatchLost("closed") from None
+            raise
+        finally:
+            call.cancel()
+
+    def _check_created(self, created: Any, from_revision: int) -> None:
+        if created is None or not getattr(created, "created", False):
+            raise WatchLost("disconnected")
+        if created.compact_revision:
+            raise WatchLost("compacted")
+        if created.header.revision < from_revision - 1:
+            # A store that has not got that far is another one, or an old copy: its events would never come.
+            raise WatchLost("cluster")
+
+    # -- plumbing -----------------------------------------------------------------------------------
+
+    def _how(self) -> dict[str, Any]:
+        # Waits for a connection within the deadline instead of failing while it is being made.
+        return {"timeout": self._timeout_s, "wait_for_ready": True}
+
+    def _at(self) -> _Channel:
+        if self._closed:
+            raise RegistryError("the registry is closed")
+        return self._channels[self._current]
+
+    def _rotate(self, failed: _Channel) -> None:
+        if self._channels[self._current] is failed:
+            self._current = (self._current + 1) % len(self._channels)
+
+    async def _range(self, request: Any) -> Any:
+        return await self._read(lambda at: at.kv.Range(request, **self._how()))
+
+    async def _read(self, call: Callable[[_Channel], Awaitable[Any]]) -> Any:
+        """For calls that may be repeated: a few tries with growing pauses, one endpoint after the other."""
+        backoff = Backoff(0.05, 1.0)
+        for left in reversed(range(NUM_TRIES)):
+            try:
+                return await self._once(call)
+            except RegistryError:
+                if not left or self._closed:
+                    raise
+                await asyncio.sleep(backoff.delay_s())
+        raise RegistryError("the registry was not asked")
+
+    async def _once(self, call: Callable[[_Channel], Awaitable[Any]]) -> Any:
+        at = self._at()
+        try:
+            # gRPC has the deadline; ours is the one for a deadline of theirs that does not come.
+            async with asyncio.timeout(self._timeout_s + 1.0):
+                return await call(at)
+        except self._rpc.AioRpcError as error:
+            if "lease not found" in (error.details() or ""):
+                raise LeaseGone("the lease of this call is gone") from error
+            self._rotate(at)
+            log.debug("etcd at %s: %s %s", at.endpoint, error.code(), error.details())
+            raise RegistryError(f"the registry does not answer ({error.code().name.lower()})") from error
+        except TimeoutError as error:
+            self._rotate(at)
+            raise RegistryError("the registry does not answer (timeout)") from error
+        except asyncio.CancelledError:
+            if self._closed and not _is_cancelled():
+                raise RegistryError("the registry is closed") from None
+            raise
+
+    def _compare(self, compare: Compare) -> Any:
+        message = self._rpc.Compare(key=compare.key.encode(), result=self._rpc.Compare.EQUAL)
+        if compare.on == "create" or compare.revision == 0:
+            message.target = self._rpc.Compare.CREATE
+            message.create_revision = compare.revision
+        else:
+            message.target = self._rpc.Compare.MOD
+            message.mod_revision = compare.revision
+        return message
+
+    def _operation(self, op: Operation) -> Any:
+        rpc, key = self._rpc, op.key.encode()
+        if isinstance(op, Put):
+            return rpc.RequestOp(request_put=rpc.PutRequest(key=key, value=op.value, lease=op.lease))
+        if isinstance(op, Delete):
+            return rpc.RequestOp(request_delete_range=rpc.DeleteRangeRequest(key=key))
+        return rpc.RequestOp(request_range=rpc.RangeRequest(key=key))
+
+
+class _Channel:
+    """One endpoint's connection, made when first used: gRPC binds a channel to the loop that runs then."""
+
+    def __init__(self, rpc: Any, endpoint: Address) -> None:
+        self.endpoint = endpoint
+        self._channel = rpc.insecure_channel(str(endpoint), options=_OPTIONS)
+        self.kv = rpc.KVStub(self._channel)
+        self.lease = rpc.LeaseStub(self._channel)
+        self.watch = rpc.WatchStub(self._channel)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _entry(kv: Any) -> Entry:
+    return Entry(
+        key=kv.key.decode(errors="replace"),
+        value=bytes(kv.value[: MAX_VALUE_BYTES + 1]),
+        create_revision=kv.create_revision,
+        mod_revision=kv.mod_revision,
+        lease=kv.lease,
+    )
+
+
+def _event(event: Any) -> Event:
+    deleted = event.type == 1
+    return Event(
+        key=event.kv.key.decode(errors="replace"),
+        revision=event.kv.mod_revision,
+        entry=None if deleted else _entry(event.kv),
+    )
+
+
+def _after(prefix: str) -> bytes:
+    """The first key after all that begin with `prefix`, which ends with a slash."""
+    raw = prefix.encode()
+    return raw[:-1] + bytes([raw[-1] + 1])
