@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from tests.null.service.conftest import (
@@ -11,17 +9,14 @@ from tests.null.service.conftest import (
     byte_ids,
     collect,
     finishes,
-    outcome,
     say,
     text_of,
     tokens_of,
     turns,
 )
-from xllm.errors import CapacityError, InternalError, UnavailableError
 from xllm.service.live import LiveRequest
 from xllm.testing.fake_engine import SampleEngine
-from xllm.types import EngineSnapshot
-from xllm.wire.messages import Abort, Frame, Frames, Pulse, Stats, Submit
+from xllm.wire.messages import Submit
 
 SCRIPT = "one two STOP three"
 

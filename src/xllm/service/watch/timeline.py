@@ -134,9 +134,7 @@ class Timeline:
         """What the engine says of its queue; comes before the output it belongs to."""
         self._queue_s = queue_s
 
-    def moved(
-        self, now_s: float, source: str, target: str, cause: str, gap_s: float, cost: MoveCost
-    ) -> None:
+    def moved(self, now_s: float, source: str, target: str, cause: str, gap_s: float, cost: MoveCost) -> None:
         facts: dict[str, Any] = {"from": source, "to": target, "cause": cause, "gap_ms": _ms(gap_s)}
         facts["recompute_tokens"] = cost.recompute_tokens
         for name, ms in (("recompute_ms", cost.recompute_ms), ("migrate_ms", cost.migrate_ms)):
