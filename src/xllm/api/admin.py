@@ -71,6 +71,7 @@ def _instance(i: InstanceSnapshot) -> dict[str, Any]:
                 "owned": engine.owned_pages,
                 "cached": engine.cached_pages,
                 "free": engine.free_pages,
+                "indexed": i.num_indexed_pages,
             },
         },
         "hit_rate": None if hit_rate is None else round(hit_rate, 4),

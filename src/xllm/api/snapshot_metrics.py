@@ -68,6 +68,7 @@ _INSTANCE_GAUGES: tuple[tuple[str, str, Callable[[InstanceSnapshot], float]], ..
     ("xllm:instance_ready", "1 while it gets requests", lambda i: float(i.state == "ready")),
     ("xllm:instance_requests", "Requests of this front on it", lambda i: i.num_requests),
     ("xllm:instance_quiet_seconds", "Since its last sign of progress", lambda i: i.quiet_s),
+    ("xllm:kv_index_pages", "Pages that the front knows it holds", lambda i: i.num_indexed_pages),
     ("xllm:instance_restarts", "Times it was started again", lambda i: i.about.num_restarts),
 )
 
@@ -82,6 +83,7 @@ _FRONT_COUNTERS: tuple[tuple[str, str, Callable[[FrontSnapshot], float]], ...] =
     ("xllm:divergences", "Replayed tokens that differed", lambda s: s.num_divergences),
     ("xllm:stale_frames", "Frames of old attempts", lambda s: s.num_stale_frames),
     ("xllm:instance_suspicions", "Times an instance was suspected", lambda s: s.num_suspicions),
+    ("xllm:kv_index_gaps", "Gaps in what instances told of their pages", lambda s: s.num_kv_gaps),
     ("xllm:requests_quarantined", "Requests that engines died of", lambda s: s.num_quarantined),
     (
         "xllm:nonexact_resume",

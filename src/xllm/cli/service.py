@@ -15,7 +15,7 @@ from xllm.api.server import HttpServer
 from xllm.cli.serving import base_url
 from xllm.cli.settings import add_settings, load_settings
 from xllm.cli.signals import until_signal
-from xllm.cli.watching import begin_logging, open_desk
+from xllm.cli.watching import begin_logging, open_desk, watch_cluster
 from xllm.clock import SystemClock
 from xllm.config import ClusterConfig, FrontConfig, ObservabilityConfig, ServerConfig
 from xllm.config.load import Loaded
@@ -49,6 +49,7 @@ async def _serve(stop: asyncio.Event, loaded: Loaded) -> int:
     clock = SystemClock()
     metrics, desk = open_desk(loaded, clock)
     service = ClusterService(front_config, loaded.build(ClusterConfig), clock, observer=desk.observer)
+    watch_cluster(metrics, service)
     try:
         app = create_app(service.front, server_config, clock=clock, metrics=metrics, desk=desk)
         server = HttpServer(app, server_config)

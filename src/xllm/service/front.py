@@ -275,6 +275,7 @@ class Front:
             backlog_tokens=instance.backlog_tokens,
             context_tokens=instance.context_tokens,
             quiet_s=self._guard.quiet_s(instance),
+            num_indexed_pages=self._placer.index.num_pages(instance.name),
         )
 
     def ready(self) -> tuple[bool, str]:

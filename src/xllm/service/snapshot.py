@@ -18,7 +18,7 @@ from xllm.types import EngineSnapshot, RequestSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceSnapshot:
-    """`quiet_s` is the time since its last sign of progress."""
+    """`quiet_s` is the time since its last sign of progress; `num_indexed_pages` it is known to hold."""
 
     name: str
     model_id: str
@@ -30,6 +30,7 @@ class InstanceSnapshot:
     backlog_tokens: int = 0
     context_tokens: int = 0
     quiet_s: float = 0.0
+    num_indexed_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

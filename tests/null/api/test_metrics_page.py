@@ -8,6 +8,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.null.api.conftest import Site
 from tests.null.repo import ROOT
+from xllm.cli.watching import watch_cluster
+from xllm.clock import SystemClock
+from xllm.config import ClusterConfig, FrontConfig
+from xllm.service.cluster import ClusterService
 from xllm.service.router.base import Placement
 
 ROW = re.compile(r"^\| `((?:vllm|xllm):\w+)` \| (\w+) \| ([\w, ]*?) ?\| .+ \|$", re.MULTILINE)
@@ -39,6 +43,9 @@ async def test_the_page_and_the_exposition_agree(site: Site) -> None:
     await site.complete(max_tokens=10**9)
     # What no sample engine does: faults, an abort, a policy that predicts.
     metrics = site.metrics
+    cluster = ClusterConfig(registry="static://127.0.0.1:9")
+    service = ClusterService(FrontConfig(), cluster, SystemClock())
+    watch_cluster(metrics, service)
     metrics.on_placed("r", Placement(instance="engine-0", reasons=("hit_tokens=3/4",), ttft_ms=5.0), 0)
     metrics.on_delta("r", "sample", None, 0.01, first=True)  # type: ignore[arg-type]
     metrics.on_instance("engine-0", "suspect", "silent", 2.0)
@@ -47,6 +54,7 @@ async def test_the_page_and_the_exposition_agree(site: Site) -> None:
     site.front._dispatch.num_moves["lost"] += 1
     site.front._guard.num_deaths["crash"] += 1
     assert await exported(site) == documented()
+    await service.close()
 
 
 async def test_what_happens_is_counted_under_its_cause(site: Site) -> None:
