@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import contextlib
 import os
-import sys
 import threading
 from dataclasses import replace
 
@@ -27,6 +26,7 @@ from xllm.engine.platform.host import bind_to_cpus
 from xllm.engine.server import InstanceServer
 from xllm.errors import ConfigError
 from xllm.heap import settle
+from xllm.observability.logs import say
 from xllm.service.registry.address import RegistryAddress, is_id, parse_registry
 from xllm.service.registry.advertise import advertised
 from xllm.service.registry.membership import Membership
@@ -190,7 +190,3 @@ async def _first(*awaited: asyncio.Event | asyncio.Task[None]) -> None:
 
 async def _set(event: asyncio.Event) -> None:
     await event.wait()
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 from xllm.config.flags import dashed
 from xllm.errors import ConfigError, XllmError
+from xllm.observability.logs import flush_logs
 from xllm.version import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -73,6 +74,7 @@ def run_command(name: str, words: Sequence[str]) -> int:
     try:
         return int(module.run(args))
     except XllmError as error:
+        flush_logs()
         if getattr(args, "log_level", None) == "debug":
             traceback.print_exc()
         print(f"xllm {name}: {error.message}", file=sys.stderr)

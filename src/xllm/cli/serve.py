@@ -20,6 +20,7 @@ from xllm.cli.settings import add_settings, load_settings
 from xllm.cli.watching import begin_logging
 from xllm.config.load import Loaded
 from xllm.heap import settle
+from xllm.observability.logs import say
 from xllm.version import __version__
 
 log = logging.getLogger(__name__)
@@ -118,7 +119,3 @@ def welcome(server: Running) -> list[str]:
         # Last: whoever waits for this line has seen all the others.
         f"ready: {server.base_url}",
     ]
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

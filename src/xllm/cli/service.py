@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 
 from xllm.api.app import create_app
 from xllm.api.server import HttpServer
@@ -21,6 +20,7 @@ from xllm.config import ClusterConfig, FrontConfig, ObservabilityConfig, ServerC
 from xllm.config.load import Loaded
 from xllm.config.report import sources_lines
 from xllm.heap import settle
+from xllm.observability.logs import say
 from xllm.service.cluster import ClusterService
 from xllm.service.registry.address import Address
 from xllm.version import __version__
@@ -69,7 +69,3 @@ async def _serve(stop: asyncio.Event, loaded: Loaded) -> int:
         desk.close()
     say("stopped")
     return 0
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
