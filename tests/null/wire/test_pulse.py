@@ -71,14 +71,20 @@ async def test_an_engine_waiting_for_its_fronts_log_is_not_busy() -> None:
 async def test_a_front_without_requests_hears_how_busy_the_engine_is() -> None:
     server = null_instance()
     worker, watcher = await join(server), await join(server)
-    await worker.submit(spec("r", (1, 2, 3), max_tokens=1500, ignore_eos=True))
-    working = asyncio.create_task(worker.until_last("r"))
-    while True:
+    seen = asyncio.Event()
+
+    async def work() -> None:
+        while not seen.is_set():
+            await worker.submit(spec("r", (1, 2, 3), max_tokens=500, ignore_eos=True))
+            await worker.until_last("r")
+
+    working = asyncio.create_task(work())
+    while not seen.is_set():
         message = await watcher.next()
         assert not isinstance(message, Frames)
         if isinstance(message, Stats) and message.snapshot.num_requests == 1:
-            break
-    assert message.snapshot.num_decoding == 1
+            assert message.snapshot.num_decoding == 1
+            seen.set()
     await working
     for front in (worker, watcher):
         await front.stream.close()
