@@ -183,10 +183,11 @@ class Dispatch:
         if self._pumping or not self._queue.num_waiting:
             return
         self._pumping = True
+        full: set[str] = set()
         try:
             for request_id in self._queue.due(self._clock.monotonic_s()):
                 if self._queue.is_waiting(request_id):
-                    self._try(self.tickets[request_id])
+                    self._try(self.tickets[request_id], full)
         finally:
             self._pumping = False
 
@@ -195,10 +196,20 @@ class Dispatch:
         for request_id in self._queue.expired(self._clock.monotonic_s(), self._config.recovery_grace_s):
             self.tickets[request_id].live.fail(no_instance(), abort=False)
 
-    def _try(self, ticket: Ticket) -> None:
+    def _try(self, ticket: Ticket, full: set[str]) -> None:
+        """`full`: models that this pump has no more room for; with hundreds waiting one look must do."""
+        if ticket.model_id in full:
+            return
         request_id, journal = ticket.live.request_id, ticket.journal
         candidates = self._catalogue.routable(ticket.model_id)
         self._queue.alone(request_id, self._clock.monotonic_s(), alone=not candidates)
+        if candidates and not any(self._queue.has_room(i.name, at_risk=False) for i in candidates):
+            # All of them have somewhere to go, be it later.
+            for other in self.tickets.values():
+                if other.model_id == ticket.model_id:
+                    self._queue.alone(other.live.request_id, 0.0, alone=False)
+            full.add(ticket.model_id)
+            return
         at_risk = self._blame.at_risk(request_id, journal.num_committed)
         open_ = [i for i in _preferred(ticket, candidates) if self._queue.has_room(i.name, at_risk=at_risk)]
         if not open_:
