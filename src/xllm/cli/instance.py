@@ -121,7 +121,7 @@ async def _serve_registered(
     clock: Clock,
 ) -> None:
     """From registration to the lease's end; raises ConfigError when a live member has our name."""
-    registry = open_registry(where, clock)
+    registry = open_registry(where, clock, ttl_s=cluster.lease_ttl_s)
     address = advertised(cluster, server.address, where.endpoints)
     membership = Membership(
         registry,

@@ -51,7 +51,7 @@ class ClusterService:
         if address.kind == "static":
             self.directory = StaticDirectory(address.endpoints)
         else:
-            self._registry = open_registry(address, clock)
+            self._registry = open_registry(address, clock, ttl_s=config.lease_ttl_s)
             self.directory = RegistryDirectory(
                 self._registry, config.cluster, "instances", relist_s=config.relist_s
             )

@@ -1,20 +1,13 @@
-"""The registry on an etcd v3 server or cluster, over the gRPC stubs that aetcd brings.
-
-aetcd's own client is not used: it hides revisions of transactions, knows one endpoint, and its watch
-loses the border between "nothing happened" and "not connected". Every call here has a deadline.
-"""
+"""The registry on an etcd v3 server or cluster: keys, leases and watches in terms of its gRPC messages."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from xllm.errors import ConfigError
 from xllm.service.registry.address import Address
-from xllm.service.registry.backoff import Backoff
 from xllm.service.registry.base import (
     MAX_VALUE_BYTES,
     Compare,
@@ -35,46 +28,20 @@ from xllm.service.registry.base import (
     check_transaction,
     check_ttl,
 )
+from xllm.service.registry.etcd_link import CALL_TIMEOUT_S, Endpoint, EtcdLink, is_cancelled
 
-log = logging.getLogger(__name__)
-
-CALL_TIMEOUT_S = 2.0
-NUM_TRIES = 3
 PAGE_ENTRIES = 32
 """Entries of one answer to `list`: others may have written values of 1.5 MiB each (etcd's own limit)."""
 
 MAX_LISTED = 10_000
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-
-_OPTIONS = (
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.enable_http_proxy", 0),
-    # Notices a peer that vanished without a word. etcd refuses pings more often than every 5 s.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 3_000),
-)
 
 
 class EtcdRegistry:
     """See `Registry`. Create it inside a running event loop; it connects by itself when first used."""
 
     def __init__(self, endpoints: Sequence[Address], *, call_timeout_s: float = CALL_TIMEOUT_S) -> None:
-        try:
-            from aetcd import rpc
-            from grpc.aio import EOF
-        except ImportError as error:
-            raise ConfigError(
-                "registry=etcd://… needs the package aetcd; install xllm[etcd]", code="missing_package"
-            ) from error
-        self._rpc: Any = rpc
-        self._eof: Any = EOF
-        self._timeout_s = call_timeout_s
-        self._channels = [_Channel(rpc, endpoint) for endpoint in endpoints]
-        self._current = 0
-        self._closed = False
+        self._link = EtcdLink(endpoints, call_timeout_s)
+        self._rpc = self._link.rpc
 
     # -- calls ------------------------------------------------------------------------------------
 
@@ -119,7 +86,7 @@ class EtcdRegistry:
             failure=[self._operation(op) for op in failures],
         )
         # Not repeated: after an error nobody knows whether it took effect; the caller reads and decides.
-        answer = await self._once(lambda at: at.kv.Txn(request, **self._how()))
+        answer = await self._link.once(lambda at, s: at.kv.Txn(request, timeout=s, wait_for_ready=True))
         branch = successes if answer.succeeded else failures
         answers = zip(branch, answer.responses, strict=True)
         ranges = [reply.response_range for op, reply in answers if isinstance(op, Get)]
@@ -130,34 +97,35 @@ class EtcdRegistry:
         check_ttl(ttl_s)
         request = self._rpc.LeaseGrantRequest(TTL=math.ceil(ttl_s))
         # Repeated at worst this leaves a lease without keys behind, which ends by itself.
-        answer = await self._read(lambda at: at.lease.LeaseGrant(request, **self._how()))
+        answer = await self._link.repeat(
+            lambda at, s: at.lease.LeaseGrant(request, timeout=s, wait_for_ready=True)
+        )
         return Lease(lease_id=answer.ID, ttl_s=float(answer.TTL))
 
     async def keep_alive(self, lease_id: int) -> bool:
-        async def renew(at: _Channel) -> Any:
-            call = at.lease.LeaseKeepAlive(**self._how())
+        async def renew(at: Endpoint, timeout_s: float) -> Any:
+            call = at.lease.LeaseKeepAlive(timeout=timeout_s, wait_for_ready=True)
             try:
                 await call.write(self._rpc.LeaseKeepAliveRequest(ID=lease_id))
                 answer = await call.read()
             finally:
                 call.cancel()
-            if answer is self._eof:
+            if answer is self._link.eof:
                 raise RegistryError("the registry ended the call without an answer")
             return answer
 
-        answer = await self._read(renew)
+        answer = await self._link.repeat(renew)
         return bool(answer.TTL > 0)
 
     async def revoke(self, lease_id: int) -> None:
         request = self._rpc.LeaseRevokeRequest(ID=lease_id)
         try:
-            await self._once(lambda at: at.lease.LeaseRevoke(request, **self._how()))
+            await self._link.once(lambda at, s: at.lease.LeaseRevoke(request, timeout=s, wait_for_ready=True))
         except LeaseGone:
             return
 
     async def close(self) -> None:
-        self._closed = True
-        await asyncio.gather(*(channel.close() for channel in self._channels))
+        await self._link.close()
 
     # -- watching -----------------------------------------------------------------------------------
 
@@ -166,30 +134,29 @@ class EtcdRegistry:
         create = self._rpc.WatchCreateRequest(
             key=prefix.encode(), range_end=_after(prefix), start_revision=from_revision
         )
-        at = self._at()
+        at = self._link.endpoint()
         call = at.watch.Watch(wait_for_ready=True)
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self._link.timeout_s):
                 await call.write(self._rpc.WatchRequest(create_request=create))
                 created = await call.read()
             self._check_created(created, from_revision)
             while True:
                 answer = await call.read()
-                if answer is self._eof:
+                if answer is self._link.eof:
                     raise WatchLost("disconnected")
                 if answer.canceled or answer.compact_revision:
                     raise WatchLost("compacted" if answer.compact_revision else "disconnected")
                 for event in answer.events:
                     yield _event(event)
         except TimeoutError as error:
-            self._rotate(at)
+            self._link.failed(at)
             raise WatchLost("disconnected") from error
         except self._rpc.AioRpcError as error:
-            self._rotate(at)
+            self._link.failed(at)
             raise WatchLost("disconnected") from error
         except asyncio.CancelledError:
-            # The channel's close cancels its calls; a cancelled task of ours is another matter.
-            if self._closed and not _is_cancelled():
+            if self._link.closed and not is_cancelled():
                 raise WatchLost("closed") from None
             raise
         finally:
@@ -206,53 +173,8 @@ class EtcdRegistry:
 
     # -- plumbing -----------------------------------------------------------------------------------
 
-    def _how(self) -> dict[str, Any]:
-        # Waits for a connection within the deadline instead of failing while it is being made.
-        return {"timeout": self._timeout_s, "wait_for_ready": True}
-
-    def _at(self) -> _Channel:
-        if self._closed:
-            raise RegistryError("the registry is closed")
-        return self._channels[self._current]
-
-    def _rotate(self, failed: _Channel) -> None:
-        if self._channels[self._current] is failed:
-            self._current = (self._current + 1) % len(self._channels)
-
     async def _range(self, request: Any) -> Any:
-        return await self._read(lambda at: at.kv.Range(request, **self._how()))
-
-    async def _read(self, call: Callable[[_Channel], Awaitable[Any]]) -> Any:
-        """For calls that may be repeated: a few tries with growing pauses, one endpoint after the other."""
-        backoff = Backoff(0.05, 1.0)
-        for left in reversed(range(NUM_TRIES)):
-            try:
-                return await self._once(call)
-            except RegistryError:
-                if not left or self._closed:
-                    raise
-                await asyncio.sleep(backoff.delay_s())
-        raise RegistryError("the registry was not asked")
-
-    async def _once(self, call: Callable[[_Channel], Awaitable[Any]]) -> Any:
-        at = self._at()
-        try:
-            # gRPC has the deadline; ours is the one for a deadline of theirs that does not come.
-            async with asyncio.timeout(self._timeout_s + 1.0):
-                return await call(at)
-        except self._rpc.AioRpcError as error:
-            if "lease not found" in (error.details() or ""):
-                raise LeaseGone("the lease of this call is gone") from error
-            self._rotate(at)
-            log.debug("etcd at %s: %s %s", at.endpoint, error.code(), error.details())
-            raise RegistryError(f"the registry does not answer ({error.code().name.lower()})") from error
-        except TimeoutError as error:
-            self._rotate(at)
-            raise RegistryError("the registry does not answer (timeout)") from error
-        except asyncio.CancelledError:
-            if self._closed and not _is_cancelled():
-                raise RegistryError("the registry is closed") from None
-            raise
+        return await self._link.repeat(lambda at, s: at.kv.Range(request, timeout=s, wait_for_ready=True))
 
     def _compare(self, compare: Compare) -> Any:
         message = self._rpc.Compare(key=compare.key.encode(), result=self._rpc.Compare.EQUAL)
@@ -271,25 +193,6 @@ class EtcdRegistry:
         if isinstance(op, Delete):
             return rpc.RequestOp(request_delete_range=rpc.DeleteRangeRequest(key=key))
         return rpc.RequestOp(request_range=rpc.RangeRequest(key=key))
-
-
-class _Channel:
-    """One endpoint's connection, made when first used: gRPC binds a channel to the loop that runs then."""
-
-    def __init__(self, rpc: Any, endpoint: Address) -> None:
-        self.endpoint = endpoint
-        self._channel = rpc.insecure_channel(str(endpoint), options=_OPTIONS)
-        self.kv = rpc.KVStub(self._channel)
-        self.lease = rpc.LeaseStub(self._channel)
-        self.watch = rpc.WatchStub(self._channel)
-
-    async def close(self) -> None:
-        await self._channel.close()
-
-
-def _is_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def _entry(kv: Any) -> Entry:
