@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import httpx
 
@@ -30,6 +31,7 @@ class ServerProcess:
         self.lines: list[str] = []
         self.base_url = ""
         self._urls: queue.Queue[str | None] = queue.Queue()
+        self._news = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -39,6 +41,27 @@ class ServerProcess:
         if url is None:
             raise RuntimeError("the server ended while starting:\n" + "\n".join(self.lines))
         self.base_url = url
+
+    def wait_line(self, text: str, *, since: int = 0, timeout_s: float = 60.0) -> str:
+        """The first line from number `since` on that holds `text`, as soon as it is there."""
+
+        def found() -> str | None:
+            return next((line for line in self.lines[since:] if text in line), None)
+
+        with self._news:
+            if not self._news.wait_for(found, timeout_s):
+                raise RuntimeError(f"no line with {text!r} came:\n" + "\n".join(self.lines[since:]))
+        return found() or ""
+
+    def engine_pids(self) -> list[int]:
+        """Processes of the engines that run now, the longest running first."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        pids: list[int] = []
+        for pid in children:
+            with contextlib.suppress(OSError):  # it has ended since
+                if b"--fd" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    pids.append(int(pid))
+        return pids
 
     @property
     def port(self) -> int:
@@ -80,7 +103,9 @@ class ServerProcess:
         if stream is None:
             return
         for line in stream:
-            self.lines.append(line.rstrip())
+            with self._news:
+                self.lines.append(line.rstrip())
+                self._news.notify_all()
             if line.startswith(READY):
                 self._urls.put(line[len(READY) :].strip())
         self._urls.put(None)

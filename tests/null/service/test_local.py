@@ -17,7 +17,7 @@ from xllm.config import EngineConfig, FrontConfig, ModelConfig
 from xllm.errors import AbortedError, ConfigError, RequestError, UnavailableError
 from xllm.outputs import RequestOutput
 from xllm.service.draft import RequestDraft
-from xllm.service.instances import local
+from xllm.service.instances import local, restart
 from xllm.service.instances.local import LocalEngine
 from xllm.service.local import LocalService
 from xllm.testing.engine_process import DIED
@@ -99,6 +99,34 @@ async def test_a_killed_engine_is_started_again_under_its_name(caplog: pytest.Lo
     await service.close()
 
 
+async def test_a_process_that_dies_at_every_start_is_never_added_until_it_starts(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(restart, "DELAYS_S", (0.0, 0.01))
+    up: asyncio.Queue[str] = asyncio.Queue()
+    front_config = FrontConfig(recovery_grace_s=60.0)
+    service = await LocalService.start(
+        [config("tiny")], front_config, SystemClock(), on_up=lambda name, engine: up.put_nowait(name)
+    )
+    assert await up.get() == "engine-0"
+    (slot,) = service.supervisor.slots
+    slot.config = config("die")
+    os.kill(service.engines[0].pid, signal.SIGKILL)
+    while slot.restarts.num_deaths < 4:
+        await asyncio.sleep(0.005)
+    assert [i.state for i in service.front.snapshot().instances] == ["lost"]
+    assert f"code {DIED}" in caplog.text
+    assert up.empty()
+    with pytest.raises(UnavailableError):
+        await service.front.submit(
+            RequestDraft(model="tiny", prompt_token_ids=(70,), params=SamplingParams(max_tokens=2))
+        )
+    slot.config = config("tiny")
+    assert await up.get() == "engine-0"
+    assert service.front.ready() == (True, "ready")
+    await service.close()
+
+
 async def test_a_cause_of_death_is_told_from_the_exit_status_and_a_stopped_process_from_its_state() -> None:
     engines = [await LocalEngine.launch(config("tiny")) for _ in range(3)]
     stopped, killed, crashed = engines
@@ -177,7 +205,7 @@ def test_llm_is_unusable_after_shutdown_and_names_unknown_arguments() -> None:
 
 def test_a_program_that_forgets_shutdown_ends_cleanly_with_its_engine() -> None:
     script = """
-from xllm.service.instances import local
+from xllm.service.instances import local, restart
 local.PROGRAM = ("-m", "xllm.testing.engine_process")
 from xllm import LLM, SamplingParams
 llm = LLM("tiny")
