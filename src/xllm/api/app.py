@@ -26,10 +26,12 @@ from xllm.api.openai.chat import chat_completions
 from xllm.api.openai.completions import completions
 from xllm.api.openai.models import get_model, list_models
 from xllm.api.openai.tokenize import detokenize, tokenize, tokenizer_info
+from xllm.api.usage import read_usage
 from xllm.clock import Clock
 from xllm.config import ServerConfig
 from xllm.errors import NotFoundError, RequestError, UnavailableError
 from xllm.observability.logs import log_event, num_dropped_lines
+from xllm.service.usage import NullUsageStore, UsageStore
 from xllm.service.watch.desk import WatchDesk
 from xllm.version import __version__
 
@@ -58,13 +60,20 @@ class App:
     """The handler of every request. Made by `create_app`."""
 
     def __init__(
-        self, front: FrontPort, config: ServerConfig, clock: Clock, metrics: Metrics, desk: WatchDesk
+        self,
+        front: FrontPort,
+        config: ServerConfig,
+        clock: Clock,
+        metrics: Metrics,
+        desk: WatchDesk,
+        usage: UsageStore,
     ) -> None:
         self._context = Context(front, clock, desk)
         self._front = front
         self._metrics = metrics
         metrics.add_counter("xllm:log_lines_dropped", "Log lines of a sink that blocked", num_dropped_lines)
         metrics.add_counter("xllm:spans_dropped", "Spans not exported", lambda: desk.tracer.num_dropped)
+        self._usage = usage
         self._keys = KeyRing(config.api_key, config.admin_key)
         self._hosts = HostRule(config.host, config.allowed_hosts)
         self._cors = CorsRule(config.allowed_origins)
@@ -140,6 +149,7 @@ class App:
             "/live": self._live,
             "/version": self._version,
             "/metrics": self._show_metrics,
+            "/usage": self._show_usage,
         }
         admin_routes: dict[str, PlainEndpoint] = {
             "/instances": self._instances,
@@ -195,6 +205,10 @@ class App:
         name = _unquoted(request.head.path.removeprefix("/requests/"))
         await reply.send(200, msgspec.json.encode(get_request(self._context, name)))
 
+    async def _show_usage(self, request: Request, reply: Reply) -> None:
+        body = await read_usage(self._usage, request.caller, request.head.query)
+        await reply.send(200, msgspec.json.encode(body))
+
     async def _show_metrics(self, _: Request, reply: Reply) -> None:
         await reply.send(
             200,
@@ -210,6 +224,7 @@ def create_app(
     clock: Clock,
     metrics: Metrics | None = None,
     desk: WatchDesk | None = None,
+    usage: UsageStore | None = None,
 ) -> App:
     """The HTTP side of a front. Pass the `Metrics` and the desk that observe the front, or get empty ones."""
     return App(
@@ -218,6 +233,7 @@ def create_app(
         clock,
         metrics if metrics is not None else Metrics(),
         desk if desk is not None else WatchDesk(clock),
+        usage if usage is not None else NullUsageStore(),
     )
 
 

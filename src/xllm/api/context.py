@@ -88,12 +88,13 @@ class Context:
         )
 
     def stamped(self, draft: RequestDraft, request: Request) -> RequestDraft:
-        """The draft with what its HTTP request says about it: its name, when it came, the caller's trace."""
+        """The draft with what its HTTP request tells: its name, whose it is, when it came, its trace."""
         headers = request.head.values(b"traceparent")
         header = headers[0].decode("latin-1") if len(headers) == 1 else None
         trace, parent = open_request(self.desk.tracer, header)
         return replace(
             draft,
+            tenant=request.caller.key_id,
             client_id=request.request_id,
             received_s=request.received_s,
             trace=trace,

@@ -20,9 +20,12 @@ from xllm.config import ClusterConfig, FrontConfig, ObservabilityConfig, ServerC
 from xllm.config.load import Loaded
 from xllm.config.report import sources_lines
 from xllm.heap import settle
+from xllm.ids import new_request_id
 from xllm.observability.logs import say
 from xllm.service.cluster import ClusterService
 from xllm.service.registry.address import Address
+from xllm.service.usage import UsageRecorder
+from xllm.service.usage.open import open_usage_store
 from xllm.version import __version__
 
 SECTIONS = (FrontConfig, ClusterConfig, ServerConfig, ObservabilityConfig)
@@ -47,11 +50,13 @@ async def _serve(stop: asyncio.Event, loaded: Loaded) -> int:
         say(f"  {line}")
     front_config, server_config = loaded.build(FrontConfig), loaded.build(ServerConfig)
     clock = SystemClock()
-    metrics, desk = open_desk(loaded, clock)
+    usage = open_usage_store(server_config.usage_db)
+    recorder = UsageRecorder(usage, clock, front_id=new_request_id())
+    metrics, desk = open_desk(loaded, clock, recorder)
     service = ClusterService(front_config, loaded.build(ClusterConfig), clock, observer=desk.observer)
     watch_cluster(metrics, service)
     try:
-        app = create_app(service.front, server_config, clock=clock, metrics=metrics, desk=desk)
+        app = create_app(service.front, server_config, clock=clock, metrics=metrics, desk=desk, usage=usage)
         server = HttpServer(app, server_config)
         await server.start()
         try:
@@ -59,7 +64,8 @@ async def _serve(stop: asyncio.Event, loaded: Loaded) -> int:
             service.register(str(Address(server_config.host, server.port)))
             settle()
             say("waiting for instances; /ready tells when requests can be served")
-            say(f"ready: {base_url(server_config.host, server.port)}")
+            tls = server_config.ssl_certfile is not None
+            say(f"ready: {base_url(server_config.host, server.port, tls=tls)}")
             await stop.wait()
             say("draining: running answers may end, nothing new is accepted")
         finally:
@@ -67,5 +73,6 @@ async def _serve(stop: asyncio.Event, loaded: Loaded) -> int:
     finally:
         await service.close()
         desk.close()
+        await usage.close()
     say("stopped")
     return 0

@@ -105,6 +105,11 @@ class Placer:
         self._memory.purge(name)
 
 
+def load_views(instances: Sequence[Instance]) -> tuple[InstanceView, ...]:
+    """The loads alone, for a judgement that asks for no prompt."""
+    return tuple(_view(i, (), 0.0) for i in instances)
+
+
 def _view(instance: Instance, matched: tuple[tuple[str, int], ...], recent_ms: float) -> InstanceView:
     return InstanceView(
         name=instance.name,

@@ -83,6 +83,8 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self._eof = True
+        if self._out.is_tls:
+            return False  # TLS has no half-closed state here: the transport closes in any case
         if self._task is None or self._awaits_body():
             self._out.abort() if self._task else self._out.close()
             return False
