@@ -19,6 +19,7 @@ from tests.null.service.conftest import (
 )
 from xllm.config import FrontConfig
 from xllm.errors import AbortedError, CapacityError, DeadlineError, ErrorInfo, InternalError, UnavailableError
+from xllm.service.failover.decision import MoveCost
 from xllm.service.front import Front
 from xllm.service.instances.about import InstanceAbout
 from xllm.service.live import LiveRequest
@@ -569,9 +570,9 @@ async def test_an_observer_hears_the_whole_story_of_a_move(house: House) -> None
             heard.append(("placed", placement.instance, attempt))
 
         def on_moved(
-            self, request_id: str, source: str, target: str, cause: str, gap_s: float, recompute_tokens: int
+            self, request_id: str, source: str, target: str, cause: str, gap_s: float, cost: MoveCost
         ) -> None:
-            heard.append(("moved", source, target, cause, gap_s, recompute_tokens))
+            heard.append(("moved", source, target, cause, gap_s, cost.recompute_tokens))
 
         def on_resumed(self, request_id: str, instance: str, gap_s: float) -> None:
             heard.append(("resumed", instance, gap_s))
