@@ -26,6 +26,7 @@ OPTIONAL = {
     "yaml",
     "uvicorn",
     "gguf",
+    "opentelemetry",
     "psutil",
     "readline",
     "aetcd",

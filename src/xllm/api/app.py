@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from xllm.api.admin import get_request, list_instances
 from xllm.api.auth import PREFLIGHT_HEADERS, CorsRule, HostRule, KeyRing
 from xllm.api.context import Context, FrontPort
 from xllm.api.error_map import error_reply
@@ -26,12 +26,19 @@ from xllm.api.openai.chat import chat_completions
 from xllm.api.openai.completions import completions
 from xllm.api.openai.models import get_model, list_models
 from xllm.api.openai.tokenize import detokenize, tokenize, tokenizer_info
+from xllm.api.usage import read_usage
 from xllm.clock import Clock
 from xllm.config import ServerConfig
 from xllm.errors import NotFoundError, RequestError, UnavailableError
+from xllm.observability.logs import log_event, num_dropped_lines
+from xllm.service.usage import NullUsageStore, UsageStore
+from xllm.service.watch.desk import WatchDesk
 from xllm.version import __version__
 
 access_log = logging.getLogger("xllm.access")
+
+_NAMED = ("/v1/models/", "/requests/")
+"""Routes whose last part is a name."""
 
 JsonEndpoint = Callable[[Context, Request, Reply, dict[str, Any]], Awaitable[None]]
 PlainEndpoint = Callable[[Request, Reply], Awaitable[None]]
@@ -39,20 +46,35 @@ PlainEndpoint = Callable[[Request, Reply], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """`label` names the route in metrics and logs; the set of labels is closed."""
+    """`label` names the route in metrics and logs; the set of labels is closed.
+
+    `admin`: for administrators only (`auth.KeyRing.check`).
+    """
 
     label: str
     endpoint: PlainEndpoint
+    admin: bool = False
 
 
 class App:
     """The handler of every request. Made by `create_app`."""
 
-    def __init__(self, front: FrontPort, config: ServerConfig, clock: Clock, metrics: Metrics) -> None:
-        self._context = Context(front, clock)
+    def __init__(
+        self,
+        front: FrontPort,
+        config: ServerConfig,
+        clock: Clock,
+        metrics: Metrics,
+        desk: WatchDesk,
+        usage: UsageStore,
+    ) -> None:
+        self._context = Context(front, clock, desk)
         self._front = front
         self._metrics = metrics
-        self._keys = KeyRing(config.api_key)
+        metrics.add_counter("xllm:log_lines_dropped", "Log lines of a sink that blocked", num_dropped_lines)
+        metrics.add_counter("xllm:spans_dropped", "Spans not exported", lambda: desk.tracer.num_dropped)
+        self._usage = usage
+        self._keys = KeyRing(config.api_key, config.admin_key)
         self._hosts = HostRule(config.host, config.allowed_hosts)
         self._cors = CorsRule(config.allowed_origins)
         self.routes = self._route_table()
@@ -62,7 +84,7 @@ class App:
 
     async def __call__(self, request: Request, reply: Reply) -> None:
         """Answer one request. Raises XllmError for whatever is refused before the reply starts."""
-        start_s = time.monotonic()
+        start_s = request.received_s = self._context.monotonic_s()
         methods = self._methods(request.head.path)
         route = methods.get(request.head.method) if methods else None
         label = route.label if route else "none"
@@ -76,12 +98,15 @@ class App:
         finally:
             # No status: the client left before there was one.
             self._metrics.on_response(label, reply.status or 499)
-            access_log.info(
-                "request_id=%s route=%s status=%d ms=%.1f",
-                request.request_id,
-                label,
-                reply.status or 499,
-                (time.monotonic() - start_s) * 1000,
+            facts: dict[str, object] = {"serves": ",".join(request.serves)} if request.serves else {}
+            log_event(
+                access_log,
+                "access",
+                request_id=request.request_id,
+                route=label,
+                status=reply.status or 499,
+                ms=round((self._context.monotonic_s() - start_s) * 1000, 1),
+                **facts,
             )
 
     async def _answer(
@@ -94,7 +119,8 @@ class App:
         if cors and self._cors.is_preflight(head):
             await reply.send(200, b"", PREFLIGHT_HEADERS)
             return
-        self._keys.check(head)
+        admin = route is not None and route.admin
+        request.caller = self._keys.check(head, request.peer, admin=admin)
         if methods is None:
             raise NotFoundError("There is no such route.", code="route_not_found")
         if route is None:
@@ -123,15 +149,22 @@ class App:
             "/live": self._live,
             "/version": self._version,
             "/metrics": self._show_metrics,
+            "/usage": self._show_usage,
+        }
+        admin_routes: dict[str, PlainEndpoint] = {
+            "/instances": self._instances,
+            "/requests/{id}": self._request,
         }
         table = {("GET", path): Route(label=path, endpoint=e) for path, e in get_routes.items()}
+        table |= {("GET", p): Route(label=p, endpoint=e, admin=True) for p, e in admin_routes.items()}
         for path, endpoint in json_routes.items():
             table["POST", path] = Route(label=path, endpoint=self._json(endpoint))
         return table
 
     def _methods(self, path: str) -> dict[str, Route] | None:
-        if path.startswith("/v1/models/") and len(path) > len("/v1/models/"):
-            path = "/v1/models/{id}"
+        for prefix in _NAMED:
+            if path.startswith(prefix) and len(path) > len(prefix):
+                return self._by_path.get(prefix + "{id}")
         return self._by_path.get(path)
 
     def _json(self, endpoint: JsonEndpoint) -> PlainEndpoint:
@@ -165,6 +198,17 @@ class App:
     async def _version(self, _: Request, reply: Reply) -> None:
         await reply.send(200, msgspec.json.encode({"version": __version__}))
 
+    async def _instances(self, _: Request, reply: Reply) -> None:
+        await reply.send(200, msgspec.json.encode(list_instances(self._context)))
+
+    async def _request(self, request: Request, reply: Reply) -> None:
+        name = _unquoted(request.head.path.removeprefix("/requests/"))
+        await reply.send(200, msgspec.json.encode(get_request(self._context, name)))
+
+    async def _show_usage(self, request: Request, reply: Reply) -> None:
+        body = await read_usage(self._usage, request.caller, request.head.query)
+        await reply.send(200, msgspec.json.encode(body))
+
     async def _show_metrics(self, _: Request, reply: Reply) -> None:
         await reply.send(
             200,
@@ -174,10 +218,23 @@ class App:
 
 
 def create_app(
-    front: FrontPort, config: ServerConfig, *, clock: Clock, metrics: Metrics | None = None
+    front: FrontPort,
+    config: ServerConfig,
+    *,
+    clock: Clock,
+    metrics: Metrics | None = None,
+    desk: WatchDesk | None = None,
+    usage: UsageStore | None = None,
 ) -> App:
-    """The HTTP side of a front. Pass the `Metrics` that observes the front, or get an empty one."""
-    return App(front, config, clock, metrics if metrics is not None else Metrics())
+    """The HTTP side of a front. Pass the `Metrics` and the desk that observe the front, or get empty ones."""
+    return App(
+        front,
+        config,
+        clock,
+        metrics if metrics is not None else Metrics(),
+        desk if desk is not None else WatchDesk(clock),
+        usage if usage is not None else NullUsageStore(),
+    )
 
 
 def _check_json_headers(head: Head) -> None:

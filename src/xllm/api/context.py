@@ -9,15 +9,18 @@ import asyncio
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from xllm.api.fields import Fields
+from xllm.api.http import Request
 from xllm.clock import Clock
 from xllm.errors import NotFoundError, RequestError
+from xllm.observability.tracing import open_request
 from xllm.service.draft import RequestDraft
 from xllm.service.snapshot import FrontSnapshot
 from xllm.service.stream import RequestStream
+from xllm.service.watch.desk import WatchDesk
 from xllm.text import TextAssets
 from xllm.types import ModelCard
 
@@ -56,8 +59,9 @@ class Model:
 
 
 class Context:
-    def __init__(self, front: FrontPort, clock: Clock) -> None:
+    def __init__(self, front: FrontPort, clock: Clock, desk: WatchDesk) -> None:
         self.front = front
+        self.desk = desk
         self._clock = clock
         # Two, so that one huge prompt cannot hold up every other one.
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="xllm-text")
@@ -82,6 +86,24 @@ class Context:
         raise NotFoundError(
             "The model does not exist; see /v1/models.", code="model_not_found", param="model"
         )
+
+    def stamped(self, draft: RequestDraft, request: Request) -> RequestDraft:
+        """The draft with what its HTTP request tells: its name, whose it is, when it came, its trace."""
+        headers = request.head.values(b"traceparent")
+        header = headers[0].decode("latin-1") if len(headers) == 1 else None
+        trace, parent = open_request(self.desk.tracer, header)
+        return replace(
+            draft,
+            tenant=request.caller.key_id,
+            client_id=request.request_id,
+            received_s=request.received_s,
+            trace=trace,
+            trace_parent=parent,
+        )
+
+    def monotonic_s(self) -> float:
+        """The front's clock."""
+        return self._clock.monotonic_s()
 
     def now_s(self) -> int:
         """Unix time for `created`."""

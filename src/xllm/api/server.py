@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from xllm.api.app import App
-from xllm.api.http import HttpLimits, Listener, serve_connections
+from xllm.api.http import Certificate, HttpLimits, Listener, serve_connections
 from xllm.config import ServerConfig
 from xllm.errors import ConfigError
 
@@ -34,6 +34,7 @@ class HttpServer:
         self._app = app
         self._config = config
         self._listener: Listener | None = None
+        self._certificate: Certificate | None = None
 
     @property
     def port(self) -> int:
@@ -47,16 +48,25 @@ class HttpServer:
         return self._listener.num_connections if self._listener else 0
 
     async def start(self) -> None:
-        """Begin to listen. Raises ConfigError when the address cannot be had."""
+        """Begin to listen. Raises ConfigError when the address or the certificate cannot be had."""
+        self._certificate = _certificate(self._config)
         limits = _within_fd_limit(HttpLimits.from_config(self._config))
         host, port = self._config.host, self._config.port
         try:
-            self._listener = await serve_connections(self._app, host, port, limits)
+            self._listener = await serve_connections(self._app, host, port, limits, self._certificate)
         except OSError as error:
             raise ConfigError(
                 f"host, port: cannot listen on {host}:{port}; is another server running? try --port",
                 code="address_in_use",
             ) from error
+
+    def reload_certificate(self) -> None:
+        """New connections get the certificate that the files hold now; running ones keep theirs.
+
+        Raises ConfigError when it cannot be used; the old one stays then. Nothing to do without TLS.
+        """
+        if self._certificate is not None:
+            self._certificate.reload()
 
     async def drain(self, front: Drainable, timeout_s: float) -> bool:
         """True when every running request ended by itself."""
@@ -67,6 +77,14 @@ class HttpServer:
         await closing
         self._app.close()
         return in_time
+
+
+def _certificate(config: ServerConfig) -> Certificate | None:
+    if config.ssl_certfile:
+        return Certificate(config.ssl_certfile, config.ssl_keyfile)
+    if config.ssl_keyfile:
+        raise ConfigError("ssl_keyfile: a key needs its certificate; set ssl_certfile", param="ssl_certfile")
+    return None
 
 
 def _within_fd_limit(limits: HttpLimits) -> HttpLimits:

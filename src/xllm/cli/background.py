@@ -45,6 +45,7 @@ async def _serve(
     loaded: Loaded, say: Say, ready: Future[tuple[str, asyncio.AbstractEventLoop, asyncio.Event]]
 ) -> None:
     stop = asyncio.Event()
-    async with running(loaded, say) as server:
+    # For this program alone, on a port of its own: a certificate is for names that it is not called by.
+    async with running(loaded.override(ssl_certfile=None, ssl_keyfile=None), say) as server:
         ready.set_result((server.base_url, asyncio.get_running_loop(), stop))
         await stop.wait()

@@ -10,12 +10,12 @@ import argparse
 import asyncio
 import contextlib
 import os
-import sys
 import threading
 from dataclasses import replace
 
 from xllm.cli.settings import add_settings, load_settings
 from xllm.cli.signals import until_signal
+from xllm.cli.watching import begin_logging
 from xllm.clock import Clock, SystemClock
 from xllm.config import ClusterConfig, EngineConfig, FrontConfig, ServerConfig, env
 from xllm.config.fields import settings
@@ -26,7 +26,7 @@ from xllm.engine.platform.host import bind_to_cpus
 from xllm.engine.server import InstanceServer
 from xllm.errors import ConfigError
 from xllm.heap import settle
-from xllm.observability.logs import setup_logging
+from xllm.observability.logs import say
 from xllm.service.registry.address import RegistryAddress, is_id, parse_registry
 from xllm.service.registry.advertise import advertised
 from xllm.service.registry.membership import Membership
@@ -55,7 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     loaded = load_settings(args, *SECTIONS)
-    setup_logging(loaded.build(ServerConfig).log_level)
+    begin_logging(loaded)
     config, cluster = loaded.build(EngineConfig), loaded.build(ClusterConfig)
     if not config.model.model:
         raise ConfigError("name a model, e.g. xllm instance smollm2 (xllm list shows more)")
@@ -190,7 +190,3 @@ async def _first(*awaited: asyncio.Event | asyncio.Task[None]) -> None:
 
 async def _set(event: asyncio.Event) -> None:
     await event.wait()
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

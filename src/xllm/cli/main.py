@@ -18,6 +18,7 @@ from typing import Any
 
 from xllm.config.flags import dashed
 from xllm.errors import ConfigError, XllmError
+from xllm.observability.logs import flush_logs
 from xllm.version import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -26,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "instance": ("xllm.cli.instance", "load a model for services elsewhere"),
     "chat": ("xllm.cli.chat", "talk to a model in the terminal"),
     "bench": ("xllm.cli.bench.command", "measure a server, or the engine alone"),
+    "explain": ("xllm.cli.explain", "say why a request went where it went, and where its time was spent"),
     "doctor": ("xllm.cli.doctor", "say what works on this machine, and what does not and why"),
     "list": ("xllm.cli.models", "models that can be served by name"),
     "pull": ("xllm.cli.pull", "fetch a model"),
@@ -72,6 +74,7 @@ def run_command(name: str, words: Sequence[str]) -> int:
     try:
         return int(module.run(args))
     except XllmError as error:
+        flush_logs()
         if getattr(args, "log_level", None) == "debug":
             traceback.print_exc()
         print(f"xllm {name}: {error.message}", file=sys.stderr)

@@ -17,10 +17,10 @@ import sys
 
 from xllm.cli.serving import SECTIONS, Running, running
 from xllm.cli.settings import add_settings, load_settings
-from xllm.config import ServerConfig
+from xllm.cli.watching import begin_logging
 from xllm.config.load import Loaded
 from xllm.heap import settle
-from xllm.observability.logs import setup_logging
+from xllm.observability.logs import say
 from xllm.version import __version__
 
 log = logging.getLogger(__name__)
@@ -32,8 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     loaded = load_settings(args, *SECTIONS)
-    level = loaded.build(ServerConfig).log_level
-    setup_logging(level)
+    begin_logging(loaded)
     return asyncio.run(_serve(loaded))
 
 
@@ -120,7 +119,3 @@ def welcome(server: Running) -> list[str]:
         # Last: whoever waits for this line has seen all the others.
         f"ready: {server.base_url}",
     ]
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 
 from xllm.api.app import create_app
-from xllm.api.metrics import Metrics
 from xllm.api.server import HttpServer
 from xllm.cli.serving import base_url
 from xllm.cli.settings import add_settings, load_settings
 from xllm.cli.signals import until_signal
+from xllm.cli.watching import begin_logging, open_desk, watch_cluster
 from xllm.clock import SystemClock
-from xllm.config import ClusterConfig, FrontConfig, ServerConfig
+from xllm.config import ClusterConfig, FrontConfig, ObservabilityConfig, ServerConfig
 from xllm.config.load import Loaded
 from xllm.config.report import sources_lines
 from xllm.heap import settle
-from xllm.observability.logs import setup_logging
+from xllm.ids import new_request_id
+from xllm.observability.logs import say
 from xllm.service.cluster import ClusterService
 from xllm.service.registry.address import Address
+from xllm.service.usage import UsageRecorder
+from xllm.service.usage.open import open_usage_store
 from xllm.version import __version__
 
-SECTIONS = (FrontConfig, ClusterConfig, ServerConfig)
+SECTIONS = (FrontConfig, ClusterConfig, ServerConfig, ObservabilityConfig)
 
 NOT_OURS = frozenset({"instances", "listen"})
 """Settings of other commands in the same sections: accepted in a shared file, no flag here."""
@@ -38,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     loaded = load_settings(args, *SECTIONS)
-    setup_logging(loaded.build(ServerConfig).log_level)
+    begin_logging(loaded)
     return asyncio.run(until_signal(lambda stop: _serve(stop, loaded), say))
 
 
@@ -47,10 +49,14 @@ async def _serve(stop: asyncio.Event, loaded: Loaded) -> int:
     for line in (*loaded.notes, *sources_lines(loaded.values, loaded.sources)):
         say(f"  {line}")
     front_config, server_config = loaded.build(FrontConfig), loaded.build(ServerConfig)
-    clock, metrics = SystemClock(), Metrics()
-    service = ClusterService(front_config, loaded.build(ClusterConfig), clock, observer=metrics)
+    clock = SystemClock()
+    usage = open_usage_store(server_config.usage_db)
+    recorder = UsageRecorder(usage, clock, front_id=new_request_id())
+    metrics, desk = open_desk(loaded, clock, recorder)
+    service = ClusterService(front_config, loaded.build(ClusterConfig), clock, observer=desk.observer)
+    watch_cluster(metrics, service)
     try:
-        app = create_app(service.front, server_config, clock=clock, metrics=metrics)
+        app = create_app(service.front, server_config, clock=clock, metrics=metrics, desk=desk, usage=usage)
         server = HttpServer(app, server_config)
         await server.start()
         try:
@@ -58,16 +64,15 @@ async def _serve(stop: asyncio.Event, loaded: Loaded) -> int:
             service.register(str(Address(server_config.host, server.port)))
             settle()
             say("waiting for instances; /ready tells when requests can be served")
-            say(f"ready: {base_url(server_config.host, server.port)}")
+            tls = server_config.ssl_certfile is not None
+            say(f"ready: {base_url(server_config.host, server.port, tls=tls)}")
             await stop.wait()
             say("draining: running answers may end, nothing new is accepted")
         finally:
             await server.drain(service.front, front_config.shutdown_timeout_s)
     finally:
         await service.close()
+        desk.close()
+        await usage.close()
     say("stopped")
     return 0
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

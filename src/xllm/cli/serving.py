@@ -10,16 +10,19 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from xllm.api.app import create_app
-from xllm.api.metrics import Metrics
 from xllm.api.server import HttpServer
+from xllm.cli.watching import open_desk
 from xllm.clock import Clock, SystemClock
 from xllm.config import ClusterConfig, EngineConfig, FrontConfig, ServerConfig
 from xllm.config.instances import parse_instances
 from xllm.config.load import Loaded
 from xllm.config.report import StartupReport, sources_lines
 from xllm.errors import ConfigError
+from xllm.ids import new_request_id
 from xllm.service.instances.local import LocalEngine
 from xllm.service.local import LocalService
+from xllm.service.usage import UsageRecorder
+from xllm.service.usage.open import open_usage_store
 from xllm.types import ModelCard
 
 SECTIONS = (EngineConfig, FrontConfig, ClusterConfig, ServerConfig)
@@ -51,30 +54,38 @@ async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> Async
     for line in (*loaded.notes, *sources_lines(loaded.values, loaded.sources)):
         say(f"  {line}")
     report = StartupReport(clock)
-    metrics = Metrics()
+    usage = open_usage_store(server_config.usage_db)
+    recorder = UsageRecorder(usage, clock, front_id=new_request_id())
+    metrics, desk = open_desk(loaded, clock, recorder)
     service = await LocalService.start(
         [engine_config] * num_engines,
         front_config,
         clock,
         on_progress=lambda name, stage, seconds: say(f"  {seconds:7.2f} s  {name}: {stage}"),
         on_up=_Introductions(say),
-        observer=metrics,
+        observer=desk.observer,
         log_level=server_config.log_level,
     )
     try:
         engine, *_ = service.engines
         say(report.stage("first engine and front together"))
-        app = create_app(service.front, server_config, clock=clock, metrics=metrics)
+        app = create_app(service.front, server_config, clock=clock, metrics=metrics, desk=desk, usage=usage)
         server = HttpServer(app, server_config)
         await server.start()
         say(report.stage("HTTP"))
         say(report.total())
         try:
-            yield Running(base_url(server_config.host, server.port), engine.card, service)
+            yield Running(
+                base_url(server_config.host, server.port, tls=bool(server_config.ssl_certfile)),
+                engine.card,
+                service,
+            )
         finally:
             await server.drain(service.front, front_config.shutdown_timeout_s)
     finally:
         await service.close()
+        desk.close()
+        await usage.close()
 
 
 class _Introductions:
@@ -92,7 +103,8 @@ class _Introductions:
         self._said = frozenset(engine.report)
 
 
-def base_url(host: str, port: int) -> str:
+def base_url(host: str, port: int, *, tls: bool = False) -> str:
     """An address that a client on this machine can use."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{shown}]:{port}" if ":" in shown else f"{scheme}://{shown}:{port}"

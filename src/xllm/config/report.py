@@ -32,7 +32,7 @@ class StartupReport:
 
 def sources_lines(values: dict[str, object], sources: dict[str, str]) -> list[str]:
     """`max_num_seqs = 8 (environment)` for every value that is no default; keys are never shown."""
-    secret = {"api_key"}
+    secret = {"api_key", "admin_key"}
     shown = {name: "set" if name in secret else repr(value) for name, value in values.items()}
     return [f"{name} = {shown[name]} ({sources[name]})" for name in sorted(sources)]
 

@@ -82,6 +82,16 @@ class PlatformConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ObservabilityConfig:
+    """What a process tells of itself; the same for a front and its engines."""
+
+    otlp_endpoint: str | None = option(
+        None, "OTLP/HTTP address that traces go to, e.g. http://host:4318", has_flag=False
+    )
+    log_format: Literal["text", "json"] = option("text", "form of log lines", has_flag=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """All that an engine process needs; it crosses the wire in `Start`."""
 
@@ -89,6 +99,7 @@ class EngineConfig:
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     platform: PlatformConfig = PlatformConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,9 +178,6 @@ class ServerConfig:
     ssl_keyfile: str | None = option(None, "PEM file with its private key")
     usage_db: str | None = option(
         None, "SQLite file for usage records, one row per ended request", has_flag=False
-    )
-    otlp_endpoint: str | None = option(
-        None, "OTLP/HTTP address that traces go to, e.g. http://host:4318", has_flag=False
     )
     allowed_origins: tuple[str, ...] = option((), "CORS origins; default: none")
     allowed_hosts: tuple[str, ...] = option((), "accepted Host names beyond the bound address and localhost")

@@ -15,7 +15,9 @@ from xllm.engine.core import EngineCore, Outputs
 from xllm.engine.kv_news import KvTeller
 from xllm.engine.link import LinkCounters
 from xllm.engine.port import Inbox, Port
+from xllm.engine.tracing import RequestTracer
 from xllm.errors import ErrorInfo, UnavailableError, XllmError
+from xllm.observability.tracing import NullTracer
 from xllm.types import EngineSnapshot, FinishReason
 from xllm.wire.messages import (
     Abort,
@@ -54,6 +56,7 @@ class EngineLoop:
         parent: Port | None = None,
         grace_s: float = 30.0,
         counters: LinkCounters | None = None,
+        tracer: RequestTracer | None = None,
     ) -> None:
         """`assets` maps digest → bytes. `parent` is the front that started this engine, if one did: it has
         the engine already, and the loop ends with it."""
@@ -64,6 +67,7 @@ class EngineLoop:
         self._parent = parent
         self._grace_s = grace_s
         self._counters = counters or LinkCounters()
+        self._tracer = tracer or RequestTracer(NullTracer())
         self._fronts: dict[int, Port] = {}
         self._leaving: set[int] = set()
         self._refused: Outputs = {}
@@ -173,6 +177,7 @@ class EngineLoop:
             if port.number in self._leaving:
                 raise UnavailableError("this connection is draining", code="draining", retry_after_s=1.0)
             self._core.submit(spec, port.number)
+            self._tracer.accepted(port.number, spec)
         except XllmError as error:
             self._refuse(port, message, error.info())
         except Exception:
@@ -202,6 +207,7 @@ class EngineLoop:
             snapshot = self._look()
             for owner, frames in outputs.items():
                 port = self._fronts.get(owner)
+                self._tracer.told(owner, frames)
                 if port is not None:
                     port.send(Frames(frames=tuple(frames), snapshot=snapshot))
         if len(outputs) < len(self._fronts):

@@ -20,9 +20,11 @@ from xllm.engine.build import BuiltEngine, build_here, ready_of
 from xllm.engine.hub import Hub
 from xllm.engine.loop import EngineLoop
 from xllm.engine.session import Session
+from xllm.engine.tracing import RequestTracer
 from xllm.errors import ErrorInfo, XllmError
 from xllm.heap import settle
 from xllm.ids import new_request_id
+from xllm.observability.logs import setup_logging
 from xllm.wire.hello import INSTANCE, NEWEST_VERSION, OLDEST_VERSION
 from xllm.wire.messages import WIRE_VERSION, Hello, Progress, Start, StartFailed
 
@@ -38,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pages-fd", type=int, help="inherited memory for KV pages that outlive us")
     parser.add_argument("--log-level", default="warning")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=args.log_level.upper(), stream=sys.stderr)
+    setup_logging(args.log_level)
     _die_with_parent()
     # Ctrl-C goes to the whole process group; the front decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -48,12 +50,12 @@ def main(argv: list[str] | None = None) -> int:
     session = hub.adopt(socket.socket(fileno=args.fd))
     hub.start()
     try:
-        return _serve(hub, session, args.pages_fd)
+        return _serve(hub, session, args.pages_fd, args.log_level)
     finally:
         hub.close()
 
 
-def _serve(hub: Hub, session: Session, pages_fd: int | None) -> int:
+def _serve(hub: Hub, session: Session, pages_fd: int | None, log_level: str) -> int:
     session.send(Hello(incarnation=new_request_id(), role=INSTANCE))
     (_, hello), (_, start) = hub.inbox.get(), hub.inbox.get()
     if not isinstance(hello, Hello) or not isinstance(start, Start):
@@ -62,17 +64,28 @@ def _serve(hub: Hub, session: Session, pages_fd: int | None) -> int:
         _refuse(session, f"wire version {hello.version} is not understood; this engine speaks {WIRE_VERSION}")
         return 1
     session.version = min(hello.version, WIRE_VERSION)
+    setup_logging(log_level, as_json=start.config.observability.log_format == "json")
     engine = _build(session, start, pages_fd)
     if engine is None:
         return 1
+    tracer = RequestTracer.for_config(start.config)
     settle()
     ready = ready_of(engine, start.config)
     session.send(ready)
     hub.tell_progress(engine.core.progress)
     try:
-        EngineLoop(engine.core, engine.assets, hub.inbox, ready, parent=session, counters=hub.counters).run()
+        EngineLoop(
+            engine.core,
+            engine.assets,
+            hub.inbox,
+            ready,
+            parent=session,
+            counters=hub.counters,
+            tracer=tracer,
+        ).run()
     finally:
         engine.core.close()
+        tracer.close()
     return 0
 
 

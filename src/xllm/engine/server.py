@@ -17,6 +17,7 @@ from xllm.engine.build import BuiltEngine, ready_of
 from xllm.engine.hub import Hub
 from xllm.engine.link import LinkCounters, LinkLimits
 from xllm.engine.loop import EngineLoop
+from xllm.engine.tracing import RequestTracer
 from xllm.errors import ConfigError
 from xllm.types import EngineSnapshot
 from xllm.wire.hello import INSTANCE, Identity, listen_address
@@ -53,8 +54,15 @@ class InstanceServer:
         self._engine = engine
         self._hub = Hub(engine.core.progress, SystemClock(), limits)
         self._hub.listen(listener, self.identity)
+        self._tracer = RequestTracer.for_config(config, self.identity.peer_id)
         self._loop = EngineLoop(
-            engine.core, engine.assets, self._hub.inbox, self.ready, grace_s=grace_s, counters=self.counters
+            engine.core,
+            engine.assets,
+            self._hub.inbox,
+            self.ready,
+            grace_s=grace_s,
+            counters=self.counters,
+            tracer=self._tracer,
         )
         self._ended = threading.Event()
         self._failed = False
@@ -97,6 +105,7 @@ class InstanceServer:
         finally:
             self._hub.close()
             self._engine.core.close()
+            self._tracer.close()
             self._ended.set()
 
 

@@ -56,7 +56,12 @@ class Workbench:
     @classmethod
     async def open(cls, config: EngineConfig) -> Workbench:
         # Callers of this API queue on purpose; the engine's own limit is the only one that counts.
-        front = FrontConfig(max_num_inflight_reqs=1 << 20, max_num_inflight_tokens=1 << 40)
+        front = FrontConfig(
+            max_num_inflight_reqs=1 << 20,
+            max_num_inflight_tokens=1 << 40,
+            max_kv_oversubscription=float("inf"),
+            max_queue_delay_s=0.0,
+        )
         return cls(await LocalService.start([config], front, SystemClock(), on_progress=_log_progress))
 
     def job(self, prompt: Prompt, params: SamplingParams | None, priority: int = 0) -> Job:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from xllm.clock import Clock
 from xllm.config import FrontConfig
 from xllm.errors import CapacityError, InternalError, RequestError, UnavailableError, XllmError
-from xllm.service.admission import RETRY_AFTER_S
+from xllm.service.admission import Admission
 from xllm.service.catalogue import Catalogue, no_instance
 from xllm.service.failover.blame import Blame, DeathCause
 from xllm.service.failover.decision import move_cost
@@ -41,6 +41,7 @@ class Dispatch:
         clock: Clock,
         catalogue: Catalogue,
         placer: Placer,
+        admission: Admission,
         observer: FrontObserver,
         *,
         on_draining: Callable[[Instance], None],
@@ -55,6 +56,7 @@ class Dispatch:
         self._clock = clock
         self._catalogue = catalogue
         self._placer = placer
+        self._admission = admission
         self._observer = observer
         self._on_draining = on_draining
         self._queue = ResumeQueue(config.max_resumes)
@@ -68,13 +70,9 @@ class Dispatch:
 
     # -- a new request --------------------------------------------------------------------------------
 
-    def choose(self, spec: RequestSpec, candidates: Sequence[Instance]) -> Choice:
-        """Where a new request goes; `begin` or `decline` follows. Raises CapacityError when all are full."""
-        chosen = self._placer.choose(spec, _large_enough(spec, candidates))
-        if chosen is None:
-            message = "all instances of this model are full; try again later"
-            raise CapacityError(message, retry_after_s=RETRY_AFTER_S)
-        return chosen
+    def choose(self, spec: RequestSpec, candidates: Sequence[Instance]) -> Choice | None:
+        """Where a new request goes; `begin` or `decline` follows. None when all are full."""
+        return self._placer.choose(spec, _large_enough(spec, candidates))
 
     def decline(self, request_id: str) -> None:
         """What was chosen for a new request is not needed: it was not admitted."""
@@ -271,6 +269,7 @@ class Dispatch:
         instance = choice.instance
         ticket.enter(instance, choice.num_matched)
         ticket.numerics_class = instance.card.numerics_class
+        self._admission.placed(spec.request_id, instance.name)
         instance.post(Submit(spec=spec))
         self._observer.on_placed(spec.request_id, choice.placement, spec.attempt)
         source = ticket.moved_from
@@ -285,18 +284,8 @@ class Dispatch:
             source_alive=source.alive and not source.suspect,
             page_bytes=instance.card.page_bytes,
         )
-        decisions.info(
-            "move request=%s from=%s to=%s attempt=%d cause=%s gap_ms=%.0f: %s",
-            spec.request_id,
-            source.name,
-            instance.name,
-            spec.attempt,
-            ticket.moved_cause,
-            gap_s * 1000,
-            cost,
-        )
         self._observer.on_moved(
-            spec.request_id, source.name, instance.name, ticket.moved_cause, gap_s, cost.recompute_tokens
+            spec.request_id, source.name, instance.name, ticket.moved_cause, gap_s, cost
         )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from xllm.clock import Clock
 from xllm.config import FrontConfig
 from xllm.errors import AbortedError, UnavailableError, XllmError
-from xllm.service.admission import Admission
+from xllm.service.admission import Admission, Ask
 from xllm.service.assemble import assemble
 from xllm.service.catalogue import Catalogue
 from xllm.service.choice_text import choice_text
@@ -24,14 +24,14 @@ from xllm.service.instances.instance import CauseOf, Instance, InstanceHooks
 from xllm.service.journal import RequestJournal
 from xllm.service.kvindex import KvIndex
 from xllm.service.live import LiveHooks, LiveRequest, StreamLimits
-from xllm.service.placer import Placer
+from xllm.service.placer import Choice, Placer, load_views
 from xllm.service.router.base import RouterPolicy
 from xllm.service.router.registry import load_policy
 from xllm.service.snapshot import FrontObserver, FrontSnapshot, InstanceSnapshot, NullObserver
 from xllm.service.stream import Delta
 from xllm.service.tally import Tally
 from xllm.text.assets import TextAssets
-from xllm.types import ModelCard
+from xllm.types import ModelCard, RequestSpec
 from xllm.wire.messages import Ready
 from xllm.wire.stream import EngineStream
 
@@ -55,9 +55,7 @@ class Front:
         self._clock = clock
         self._observer = observer if observer is not None else NullObserver()
         self._catalogue = Catalogue()
-        self._admission = Admission(
-            max_reqs=config.max_num_inflight_reqs, max_tokens=config.max_num_inflight_tokens
-        )
+        self._admission = Admission(config)
         self._limits = StreamLimits(
             buffer_tokens=config.stream_buffer_tokens, stall_s=config.slow_reader_timeout_s
         )
@@ -65,7 +63,13 @@ class Front:
         policy = router if router is not None else load_policy(config.router_policy)
         self._placer = placer = Placer(config, policy)
         self._dispatch = Dispatch(
-            config, clock, self._catalogue, placer, self._observer, on_draining=self._guard.begin_drain
+            config,
+            clock,
+            self._catalogue,
+            placer,
+            self._admission,
+            self._observer,
+            on_draining=self._guard.begin_drain,
         )
         self._guard.connect(self._dispatch, placer)
         self._tally = Tally()
@@ -170,8 +174,9 @@ class Front:
         """
         try:
             live = self._submit(draft)
-        except XllmError:
+        except XllmError as error:
             self._tally.num_refused += 1
+            self._observer.on_refused(draft, error.code)
             raise
         self._tally.num_accepted += 1
         return live
@@ -182,17 +187,24 @@ class Front:
         candidates = self._catalogue.serving(draft.model)
         text = self._catalogue.text(draft.model)
         spec = assemble(draft, candidates[0].card, text)
-        choice = self._dispatch.choose(spec, candidates)
+        ask, loads, now_s = Ask.of(spec), load_views(candidates), self._clock.monotonic_s()
+        self._admission.admit(ask, loads, now_s)
+        try:
+            choice = self._dispatch.choose(spec, candidates)
+            if choice is None:
+                raise self._admission.refused("instances", ask, loads, now_s)
+            return self._begin(draft, spec, choice, text)
+        except BaseException:
+            self._dispatch.decline(spec.request_id)
+            self._admission.ended(spec.request_id, (), complete=False)
+            raise
+
+    def _begin(self, draft: RequestDraft, spec: RequestSpec, choice: Choice, text: TextAssets) -> LiveRequest:
         journal = RequestJournal(
             spec,
             head_width=choice.instance.card.head_width,
             make_text=lambda: choice_text(text, spec.params),
         )
-        try:
-            self._admission.admit(journal.num_prompt_tokens)
-        except XllmError:
-            self._dispatch.decline(spec.request_id)
-            raise
         deadline_s = None if spec.deadline_ms is None else self._clock.monotonic_s() + spec.deadline_ms / 1000
         live = LiveRequest(
             journal,
@@ -202,6 +214,7 @@ class Front:
             deadline_s=deadline_s,
         )
         self._idle.clear()
+        self._observer.on_accepted(draft, spec)
         self._dispatch.begin(live, choice)
         return live
 
@@ -226,12 +239,16 @@ class Front:
         ticket.last_s = now_s
         if first:
             ticket.first_s = now_s
-        self._observer.on_delta(ticket.model_id, delta, gap_s, first=first)
+            if ticket.instance is not None:
+                self._admission.answered(live.request_id, ticket.instance.snapshot, now_s)
+            self._observer.on_first(live.request_id, live.journal.queue_ms / 1000)
+        self._observer.on_delta(live.request_id, ticket.model_id, delta, gap_s, first=first)
         self._dispatch.on_delta(ticket, delta, now_s)
 
     def _ended(self, live: LiveRequest, abort: bool) -> None:
         ticket = self._dispatch.end(live, abort=abort)
-        self._admission.release(live.journal.num_prompt_tokens)
+        lens = [len(c.tokens) for c in live.journal.choices]
+        self._admission.ended(live.request_id, lens, complete=live.error is None)
         record = self._tally.ended(ticket, self._clock.monotonic_s())
         if not self._dispatch.tickets:
             self._idle.set()
@@ -272,6 +289,7 @@ class Front:
             backlog_tokens=instance.backlog_tokens,
             context_tokens=instance.context_tokens,
             quiet_s=self._guard.quiet_s(instance),
+            num_indexed_pages=self._placer.index.num_pages(instance.name),
         )
 
     def ready(self) -> tuple[bool, str]:

@@ -1,11 +1,10 @@
 """From instances to views, from views to a router's placement: the only caller of router policies.
 
-Fills in what a policy may look at, page index included, and logs what it decided. Sends nothing.
+Fills in what a policy may look at, page index included. Sends nothing; observers tell what was decided.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from xllm.service.router.base import InstanceView, Placement, RequestView, Route
 from xllm.service.router.memory import PlacementMemory
 from xllm.types import PAGE_SIZE, RequestSpec
 from xllm.wire.messages import KvDelta
-
-decisions = logging.getLogger("xllm.decisions")
 
 Chain = tuple[bytes, ...]
 
@@ -86,14 +83,6 @@ class Placer:
         if placement is None:
             return None
         self._turns[spec.model] += 1
-        decisions.info(
-            "place request=%s model=%s instance=%s attempt=%d reasons=%s",
-            spec.request_id,
-            spec.model,
-            placement.instance,
-            attempt,
-            ",".join(placement.reasons),
-        )
         chosen = next((i for i in candidates if i.name == placement.instance), None)
         if chosen is None:
             raise InternalError("the router policy chose an instance that it was not offered")
@@ -115,6 +104,11 @@ class Placer:
         """The instance is gone, and what it had with it."""
         self.index.purge(name)
         self._memory.purge(name)
+
+
+def load_views(instances: Sequence[Instance]) -> tuple[InstanceView, ...]:
+    """The loads alone, for a judgement that asks for no prompt."""
+    return tuple(_view(i, (), 0.0) for i in instances)
 
 
 def _view(instance: Instance, matched: tuple[tuple[str, int], ...], recent_ms: float) -> InstanceView:

@@ -8,15 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from xllm.service.draft import RequestDraft
+from xllm.service.failover.decision import MoveCost
 from xllm.service.instances.about import InstanceAbout, InstanceState
 from xllm.service.router.base import Placement
 from xllm.service.stream import Delta, Usage
-from xllm.types import EngineSnapshot
+from xllm.types import EngineSnapshot, RequestSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceSnapshot:
-    """`quiet_s` is the time since its last sign of progress."""
+    """`quiet_s` is the time since its last sign of progress; `num_indexed_pages` it is known to hold."""
 
     name: str
     model_id: str
@@ -28,6 +30,7 @@ class InstanceSnapshot:
     backlog_tokens: int = 0
     context_tokens: int = 0
     quiet_s: float = 0.0
+    num_indexed_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +85,16 @@ class FrontObserver(Protocol):
     Derive from NullObserver, so that an event that is new says nothing to you instead of breaking you.
     """
 
-    def on_delta(self, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
+    def on_accepted(self, draft: RequestDraft, spec: RequestSpec) -> None:
+        """The request is admitted and about to be placed."""
+
+    def on_refused(self, draft: RequestDraft, code: str) -> None:
+        """The request was not admitted; `code` is the error's."""
+
+    def on_first(self, request_id: str, queue_s: float) -> None:
+        """Before the first `on_delta`: how long the engine says it waited in its queue."""
+
+    def on_delta(self, request_id: str, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
         """Output was committed, `gap_s` after the request's previous output (or its submission)."""
 
     def on_ended(self, record: RequestRecord) -> None:
@@ -92,7 +104,7 @@ class FrontObserver(Protocol):
         """The request was sent to an instance."""
 
     def on_moved(
-        self, request_id: str, source: str, target: str, cause: str, gap_s: float, recompute_tokens: int
+        self, request_id: str, source: str, target: str, cause: str, gap_s: float, cost: MoveCost
     ) -> None:
         """It was sent to `target` since it could not stay at `source`, `gap_s` after its last output.
 
@@ -107,9 +119,18 @@ class FrontObserver(Protocol):
 
 
 class NullObserver:
-    """Nobody looks."""
+    """Nobody looks. The base of observers that look at a part."""
 
-    def on_delta(self, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
+    def on_accepted(self, draft: RequestDraft, spec: RequestSpec) -> None:
+        return
+
+    def on_refused(self, draft: RequestDraft, code: str) -> None:
+        return
+
+    def on_first(self, request_id: str, queue_s: float) -> None:
+        return
+
+    def on_delta(self, request_id: str, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
         return
 
     def on_ended(self, record: RequestRecord) -> None:
@@ -119,7 +140,7 @@ class NullObserver:
         return
 
     def on_moved(
-        self, request_id: str, source: str, target: str, cause: str, gap_s: float, recompute_tokens: int
+        self, request_id: str, source: str, target: str, cause: str, gap_s: float, cost: MoveCost
     ) -> None:
         return
 

@@ -16,7 +16,9 @@ from xllm.api.metrics import Metrics
 from xllm.api.server import HttpServer
 from xllm.clock import SystemClock
 from xllm.config import FrontConfig, ServerConfig
+from xllm.observability.tracing import Tracer
 from xllm.service.front import Front
+from xllm.service.watch.desk import WatchDesk
 from xllm.testing.fake_engine import SampleEngine, sample_card
 from xllm.testing.tiny_tokenizer import tiny_assets
 
@@ -32,6 +34,7 @@ class Site:
     engine: SampleEngine
     server: HttpServer
     client: httpx.AsyncClient
+    metrics: Metrics
     openers: list[asyncio.StreamWriter] = field(default_factory=list)
 
     @property
@@ -65,21 +68,25 @@ async def make_site() -> AsyncIterator[MakeSite]:
     made: list[Site] = []
 
     async def make(
-        engine: dict[str, Any] | None = None, front: dict[str, Any] | None = None, **config: Any
+        engine: dict[str, Any] | None = None,
+        front: dict[str, Any] | None = None,
+        tracer: Tracer | None = None,
+        **config: Any,
     ) -> Site:
         metrics = Metrics()
-        house = Front(FrontConfig(**(front or {})), None, SystemClock(), observer=metrics)
+        desk = WatchDesk(SystemClock(), metrics, tracer=tracer)
+        house = Front(FrontConfig(**(front or {})), None, SystemClock(), observer=desk.observer)
         card = sample_card(ASSETS)
         sample = SampleEngine(card, ASSETS, **(engine or {}))
         await house.add_instance(sample.stream, card, name="engine-0")
         server_config = ServerConfig(port=0, **config)
-        app = create_app(house, server_config, clock=SystemClock(), metrics=metrics)
+        app = create_app(house, server_config, clock=SystemClock(), metrics=metrics, desk=desk)
         server = HttpServer(app, server_config)
         await server.start()
         client = httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{server.port}", timeout=20, trust_env=False, verify=False
         )
-        made.append(Site(app, house, sample, server, client))
+        made.append(Site(app, house, sample, server, client, metrics))
         return made[-1]
 
     yield make

@@ -45,6 +45,7 @@ FLAGS = {
     ),
     "bench throughput": {*SETTINGS, "--input-len", "--output-len", "--num-prompts", "--json"},
     "bench latency": {*SETTINGS, "--input-len", "--output-len", "--batch-size", "--num-iters", "--json"},
+    "explain": {"--base-url", "--api-key", "--json"},
     "doctor": set(),
     "list": set(),
     "pull": {"--revision"},

@@ -29,6 +29,7 @@ from xllm.errors import (
     UnavailableError,
 )
 from xllm.prefix import page_digest, root_digest
+from xllm.service.failover.decision import MoveCost
 from xllm.service.front import Front
 from xllm.service.instances.about import InstanceAbout
 from xllm.service.live import LiveRequest
@@ -652,9 +653,9 @@ async def test_an_observer_hears_the_whole_story_of_a_move(house: House) -> None
             heard.append(("placed", placement.instance, attempt))
 
         def on_moved(
-            self, request_id: str, source: str, target: str, cause: str, gap_s: float, recompute_tokens: int
+            self, request_id: str, source: str, target: str, cause: str, gap_s: float, cost: MoveCost
         ) -> None:
-            heard.append(("moved", source, target, cause, gap_s, recompute_tokens))
+            heard.append(("moved", source, target, cause, gap_s, cost.recompute_tokens))
 
         def on_resumed(self, request_id: str, instance: str, gap_s: float) -> None:
             heard.append(("resumed", instance, gap_s))

@@ -452,7 +452,7 @@ async def test_the_observer_hears_of_output_and_of_one_end(house: House) -> None
     heard: list[object] = []
 
     class Observer(NullObserver):
-        def on_delta(self, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
+        def on_delta(self, request_id: str, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
             heard.append((model, len(delta.token_ids), gap_s, first))
 
         def on_ended(self, record: RequestRecord) -> None:

@@ -41,7 +41,9 @@ async def bench() -> AsyncIterator[Bench]:
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in ASSETS.items()}
     engine.core.card = msgspec.structs.replace(engine.core.card, assets=digests)
     stream = ThreadedEngineStream(engine.core, {digests[name]: data for name, data in ASSETS.items()})
-    front = Front(FrontConfig(stream_buffer_tokens=32), None, SystemClock())
+    # Far more than the pages can hold, on purpose: preemption is part of what is tried here.
+    config = FrontConfig(stream_buffer_tokens=32, max_kv_oversubscription=100.0)
+    front = Front(config, None, SystemClock())
     ready = await start_engine(stream, EngineConfig(), timeout_s=30.0)
     await front.add_instance(stream, ready.card, name="core")
     yield Bench(front, engine)

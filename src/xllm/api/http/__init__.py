@@ -9,5 +9,6 @@ from __future__ import annotations
 from xllm.api.http.exchange import Handler, Reply, Request
 from xllm.api.http.limits import HttpLimits
 from xllm.api.http.listener import Listener, serve_connections
+from xllm.api.http.tls import Certificate
 
-__all__ = ["Handler", "HttpLimits", "Listener", "Reply", "Request", "serve_connections"]
+__all__ = ["Certificate", "Handler", "HttpLimits", "Listener", "Reply", "Request", "serve_connections"]

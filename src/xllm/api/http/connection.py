@@ -42,6 +42,7 @@ class Connection(asyncio.Protocol):
         self._handler, self._limits, self._keeper = handler, limits, keeper
         self._loop = asyncio.get_running_loop()
         self._out: Outbox
+        self._peer = ""
         self._timer: asyncio.TimerHandle | None = None
         self._inbox = Inbox(limits)
         self._discarding = False
@@ -59,6 +60,8 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)  # noqa: S101  asyncio's promise, not data
         self._out = Outbox(transport, self._limits)
+        peer = transport.get_extra_info("peername")
+        self._peer = str(peer[0]) if isinstance(peer, tuple) else ""
         if not self._keeper.admit(self):
             # Without lingering, which would add to what is already too much.
             self._refuse(UnavailableError("Too many connections.", code="too_many_connections"), linger=False)
@@ -80,6 +83,8 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self._eof = True
+        if self._out.is_tls:
+            return False  # TLS has no half-closed state here: the transport closes in any case
         if self._task is None or self._awaits_body():
             self._out.abort() if self._task else self._out.close()
             return False
@@ -141,7 +146,7 @@ class Connection(asyncio.Protocol):
         client_id = named[0].decode("latin-1") if len(named) == 1 else None
         request_id = echoable(client_id) or new_request_id()
         self._cycle = cycle
-        self._request = request = Request(head, request_id, self)
+        self._request = request = Request(head, request_id, self, self._peer)
         self._reply = reply = Reply(cycle, head, request_id, self, self._out)
         self._keeper.mark(self, busy=True)
         if cycle.has_whole_request:

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
+from xllm.api.caller import Caller
 from xllm.api.http.cycle import Cycle, HeaderList
 from xllm.api.http.head import Head
 from xllm.api.http.outbox import Outbox
@@ -26,11 +27,19 @@ class Wire(Protocol):
 
 
 class Request:
-    """`head` as received; `request_id` is ours or the client's when it is safe to echo."""
+    """`head` as received; `request_id` is ours or the client's when it is safe to echo.
 
-    def __init__(self, head: Head, request_id: str, wire: Wire) -> None:
+    `peer` is the address of the other end ('' = unknown), `caller` what the handler found out about it.
+    `received_s` is set by the handler, on its clock; `serves` are the ids of the requests made of it.
+    """
+
+    def __init__(self, head: Head, request_id: str, wire: Wire, peer: str = "") -> None:
         self.head = head
         self.request_id = request_id
+        self.peer = peer
+        self.caller = Caller()
+        self.received_s: float | None = None
+        self.serves: tuple[str, ...] = ()
         self._wire = wire
         self._body = asyncio.get_running_loop().create_future()
 

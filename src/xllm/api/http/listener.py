@@ -7,10 +7,13 @@ room, so a thousand silent connections cannot lock an honest client out.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 
 from xllm.api.http.connection import Connection
 from xllm.api.http.exchange import Handler
 from xllm.api.http.limits import HttpLimits
+from xllm.api.http.tls import Certificate, Handshake, Waiting
 from xllm.errors import UnavailableError
 
 
@@ -21,9 +24,9 @@ class Listener:
         self.draining = False
         self._limits = limits
         self._server: asyncio.Server
-        self._all: set[Connection] = set()
+        self._all: set[Waiting] = set()
         # Insertion order is the order of waiting.
-        self._waiting: dict[Connection, None] = {}
+        self._waiting: dict[Waiting, None] = {}
         self._empty = asyncio.Event()
         self._empty.set()
         self._closed = asyncio.Event()
@@ -36,7 +39,7 @@ class Listener:
     def num_connections(self) -> int:
         return len(self._all)
 
-    def admit(self, connection: Connection) -> bool:
+    def admit(self, connection: Waiting) -> bool:
         """Take a new connection; False when every one of the allowed ones is busy with a request."""
         full = len(self._all) >= self._limits.max_connections
         self._all.add(connection)
@@ -50,14 +53,14 @@ class Listener:
         self._waiting[connection] = None
         return True
 
-    def mark(self, connection: Connection, *, busy: bool) -> None:
+    def mark(self, connection: Waiting, *, busy: bool) -> None:
         self._waiting.pop(connection, None)
         if not busy:
             self._waiting[connection] = None
             if self.draining:
                 self._stop_waiting()
 
-    def forget(self, connection: Connection) -> None:
+    def forget(self, connection: Waiting) -> None:
         self._all.discard(connection)
         self._waiting.pop(connection, None)
         if not self._all:
@@ -86,15 +89,35 @@ class Listener:
         for connection in waiting:
             connection.stop_waiting(UnavailableError("The server is shutting down.", code="draining"))
 
-    async def listen(self, handler: Handler, host: str, port: int) -> None:
+    async def listen(
+        self, handler: Handler, host: str, port: int, certificate: Certificate | None = None
+    ) -> None:
+        limits = self._limits
+
+        def plain() -> asyncio.Protocol:
+            return Connection(handler, limits, self)
+
+        make: Callable[[], asyncio.Protocol] = plain
+        if certificate is not None:
+            make = partial(
+                Handshake,
+                plain,
+                certificate.context,
+                self,
+                timeout_s=limits.header_timeout_s,
+                shutdown_s=limits.linger_s,
+            )
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(
-            lambda: Connection(handler, self._limits, self), host, port, backlog=512
-        )
+        self._server = await loop.create_server(make, host, port, backlog=512)
 
 
-async def serve_connections(handler: Handler, host: str, port: int, limits: HttpLimits) -> Listener:
-    """Listen on host:port (0 = any free port). Raises OSError when the address is not free."""
+async def serve_connections(
+    handler: Handler, host: str, port: int, limits: HttpLimits, certificate: Certificate | None = None
+) -> Listener:
+    """Listen on host:port (0 = any free port), with TLS if there is a certificate.
+
+    Raises OSError when the address is not free.
+    """
     listener = Listener(limits)
-    await listener.listen(handler, host, port)
+    await listener.listen(handler, host, port, certificate)
     return listener

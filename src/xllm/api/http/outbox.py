@@ -16,6 +16,7 @@ class Outbox:
 
     def __init__(self, transport: asyncio.Transport, limits: HttpLimits) -> None:
         self._transport = transport
+        self.is_tls = transport.get_extra_info("ssl_object") is not None
         self._limits = limits
         self._loop = asyncio.get_running_loop()
         self._writable = asyncio.Event()
@@ -50,10 +51,11 @@ class Outbox:
 
     def close(self, *, linger: bool = False) -> None:
         """Close when all is written. `linger` when input may be unread: closing over it would reset the
-        connection and with it the reply, so only our side ends at first."""
+        connection and with it the reply, so only our side ends at first. TLS reads on by itself while it
+        says goodbye."""
         if self._transport.is_closing():
             return
-        if linger:
+        if linger and not self.is_tls:
             try:
                 self._transport.write_eof()
             except OSError:  # ENOTCONN: the client has reset the connection and nobody told us yet

@@ -6,8 +6,8 @@ Submits all or none; closing aborts whatever still runs. No formatting.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Protocol
 
 from xllm.service.draft import RequestDraft
 from xllm.service.stream import Delta, RequestStream, Usage
@@ -24,6 +24,10 @@ class Batch:
         self.streams = tuple(streams)
         self.n = n
         self._pumps: list[asyncio.Task[None]] = []
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        return tuple(s.request_id for s in self.streams)
 
     @property
     def num_choices(self) -> int:
@@ -94,3 +98,13 @@ def usage_json(usage: Usage) -> dict[str, object]:
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
+
+
+def last_chunk(
+    batch: Batch, *, include_usage: bool, explain: Callable[[], dict[str, Any]] | None
+) -> dict[str, Any]:
+    """What a stream tells after its last choice has ended; empty when nothing was asked for."""
+    last: dict[str, Any] = {"usage": usage_json(batch.usage())} if include_usage else {}
+    if explain is not None:
+        last["xllm"] = explain()
+    return last

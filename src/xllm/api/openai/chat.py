@@ -5,7 +5,7 @@ Translation only. Tools are shown to the model's template; its answer is returne
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,9 +13,10 @@ from typing import Any
 import msgspec
 
 from xllm.api.context import Context, Model
+from xllm.api.explain import explanation, wants_explanation
 from xllm.api.fields import Fields, bad_value, unsupported
 from xllm.api.http import Reply, Request
-from xllm.api.openai.batch import Batch, submit_all, usage_json
+from xllm.api.openai.batch import Batch, last_chunk, submit_all, usage_json
 from xllm.api.openai.collect import Choice, collect
 from xllm.api.openai.completions import renamed
 from xllm.api.openai.ignored import ignored_header
@@ -51,10 +52,13 @@ class Job:
 
 async def chat_completions(context: Context, request: Request, reply: Reply, body: dict[str, Any]) -> None:
     job = await read_job(context, request, Fields(body))
+    explain = wants_explanation(request)
     try:
-        batch = await submit_all(context.front, [job.draft])
+        batch = await submit_all(context.front, [context.stamped(job.draft, request)])
     except RequestError as error:
         raise renamed(error, "prompt", "messages") if error.param == "prompt" else error from None
+    request.serves = batch.request_ids
+    more = partial(explanation, context, batch.request_ids) if explain else None
     try:
         base: dict[str, Any] = {
             "id": f"chatcmpl-{batch.streams[0].request_id}",
@@ -64,7 +68,7 @@ async def chat_completions(context: Context, request: Request, reply: Reply, bod
             "system_fingerprint": job.model.fingerprint,
         }
         if job.delivery.stream:
-            await send_events(reply, _events(job, batch, base), job.ignored)
+            await send_events(reply, _events(job, batch, base, more), job.ignored)
             return
         choices = await collect(batch)
         base["choices"] = [_whole(job, i, c) for i, c in enumerate(choices)]
@@ -73,6 +77,8 @@ async def chat_completions(context: Context, request: Request, reply: Reply, bod
             base["prompt_token_ids"] = job.draft.prompt_token_ids
         if (entries := choices[0].prompt_logprobs) is not None:
             base["prompt_logprobs"] = prompt_logprobs_json(job.model.text.tokenizer, entries)
+        if more is not None:
+            base["xllm"] = more()
         await reply.send(200, msgspec.json.encode(base), job.ignored)
     finally:
         await batch.aclose()
@@ -200,7 +206,9 @@ def _piece(job: Job, index: int, delta: Delta) -> dict[str, Any]:
     return out
 
 
-async def _events(job: Job, batch: Batch, base: dict[str, Any]) -> AsyncIterator[bytes]:
+async def _events(
+    job: Job, batch: Batch, base: dict[str, Any], explain: Callable[[], dict[str, Any]] | None
+) -> AsyncIterator[bytes]:
     delivery = job.delivery
     wants_tokens = job.num_top is not None or delivery.return_token_ids
     opened: set[int] = set()
@@ -231,8 +239,8 @@ async def _events(job: Job, batch: Batch, base: dict[str, Any]) -> AsyncIterator
                 yield texts[index](delta.text)
         elif delta.text or delta.finish_reason or (wants_tokens and delta.token_ids):
             yield event(chunk(_piece(job, index, delta)))
-    if delivery.include_usage:
-        yield event({**base, "choices": [], "usage": usage_json(batch.usage())})
+    if last := last_chunk(batch, include_usage=delivery.include_usage, explain=explain):
+        yield event({**base, "choices": [], **last})
 
 
 def _prompt_part(job: Job, delta: Delta) -> dict[str, Any]:

@@ -6,16 +6,18 @@ its log probabilities stand before the output, as evaluation harnesses need.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from xllm.api.context import Context, Model
+from xllm.api.explain import explanation, wants_explanation
 from xllm.api.fields import Fields, bad_value, read_items, wrong_type
 from xllm.api.http import Reply, Request
-from xllm.api.openai.batch import Batch, submit_all, usage_json
+from xllm.api.openai.batch import Batch, last_chunk, submit_all, usage_json
 from xllm.api.openai.collect import Choice, collect
 from xllm.api.openai.ignored import ignored_header
 from xllm.api.openai.logprobs import CompletionLogprobs, prompt_logprobs_json
@@ -75,7 +77,10 @@ class Job:
 
 async def completions(context: Context, request: Request, reply: Reply, body: dict[str, Any]) -> None:
     job = await read_job(context, request, Fields(body))
-    batch = await submit_all(context.front, [job.draft(p) for p in job.prompts])
+    explain = wants_explanation(request)
+    batch = await submit_all(context.front, [context.stamped(job.draft(p), request) for p in job.prompts])
+    request.serves = batch.request_ids
+    more = partial(explanation, context, batch.request_ids) if explain else None
     try:
         base: dict[str, Any] = {
             "id": f"cmpl-{batch.streams[0].request_id}",
@@ -85,12 +90,14 @@ async def completions(context: Context, request: Request, reply: Reply, body: di
             "system_fingerprint": job.model.fingerprint,
         }
         if job.delivery.stream:
-            await send_events(reply, _events(job, batch, base), job.ignored)
+            await send_events(reply, _events(job, batch, base, more), job.ignored)
             return
         choices = await collect(batch)
         formats = [_ChoiceFormat(job, i // batch.n) for i in range(len(choices))]
         base["choices"] = [f.whole(i, c) for i, (f, c) in enumerate(zip(formats, choices, strict=True))]
         base["usage"] = usage_json(batch.usage())
+        if more is not None:
+            base["xllm"] = more()
         await reply.send(200, msgspec.json.encode(base), job.ignored)
     finally:
         await batch.aclose()
@@ -242,7 +249,9 @@ class _ChoiceFormat:
         return self._tokenizer.decode(list(self._prompt.token_ids), skip_special_tokens=skip)
 
 
-async def _events(job: Job, batch: Batch, base: dict[str, Any]) -> AsyncIterator[bytes]:
+async def _events(
+    job: Job, batch: Batch, base: dict[str, Any], explain: Callable[[], dict[str, Any]] | None
+) -> AsyncIterator[bytes]:
     formats = [_ChoiceFormat(job, i // batch.n) for i in range(batch.num_choices)]
     delivery = job.delivery
 
@@ -267,8 +276,8 @@ async def _events(job: Job, batch: Batch, base: dict[str, Any]) -> AsyncIterator
             yield texts[index](delta.text)
         elif (choice := formats[index].piece(index, delta)) is not None:
             yield event(chunk(choice))
-    if delivery.include_usage:
-        yield event({**base, "choices": [], "usage": usage_json(batch.usage())})
+    if last := last_chunk(batch, include_usage=delivery.include_usage, explain=explain):
+        yield event({**base, "choices": [], **last})
 
 
 def renamed(error: RequestError, old: str, new: str) -> RequestError:

@@ -157,6 +157,11 @@ class RegistryDirectory:
     def members(self) -> dict[str, Member]:
         return self.view.members
 
+    @property
+    def reachable(self) -> bool:
+        """Whether the registry answered the last time it was asked."""
+        return self._reachable
+
     def start(self, on_change: OnChange) -> None:
         self._task = asyncio.create_task(self._run(on_change), name=f"directory {self._prefix}")
 
