@@ -110,7 +110,8 @@ class EngineLoop:
                 if not may_wait:
                     return True
                 self._tell_all(self._fronts.values())
-                if self._drain_end_s is not None:
+                # Nothing came, but time passed: a drain or a request may have reached its limit.
+                if self._drain_end_s is not None or self._core.has_requests:
                     return True
                 continue
             if port is None:

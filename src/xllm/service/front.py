@@ -181,6 +181,11 @@ class Front:
         self._tally.num_accepted += 1
         return live
 
+    def check(self, draft: RequestDraft) -> None:
+        """Whether the draft could be submitted if there were room; raises as `submit` and holds nothing."""
+        card = self._catalogue.serving(draft.model)[0].card
+        assemble(draft, card, self._catalogue.text(draft.model))
+
     def _submit(self, draft: RequestDraft) -> LiveRequest:
         if self._draining:
             raise UnavailableError("the server is shutting down", code="draining")

@@ -226,15 +226,6 @@ async def test_a_half_closed_client_still_gets_its_answer(slow: Site) -> None:
     assert b"HTTP/1.1 200 OK" in await reader.read()
 
 
-async def test_when_one_of_several_prompts_is_refused_none_runs(make_site: MakeSite) -> None:
-    site = await make_site(engine={"auto": False}, front={"max_num_inflight_reqs": 2})
-    response = await site.complete(prompt=["a", "b", "c"])
-    assert (response.status_code, error_of(response)["type"]) == (429, "rate_limit_error")
-    assert int(response.headers["retry-after"]) >= 1
-    assert site.front.snapshot().num_inflight_reqs == 0
-    await site.engine.saw(Abort, 2)
-
-
 async def test_a_deadline_header_ends_the_request(slow: Site) -> None:
     response = await slow.client.post("/v1/completions", json=BODY, headers={"x-request-timeout": "0.01"})
     assert (response.status_code, error_of(response)["code"]) == (408, "deadline_exceeded")

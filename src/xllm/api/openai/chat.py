@@ -58,7 +58,7 @@ async def chat_completions(context: Context, request: Request, reply: Reply, bod
     except RequestError as error:
         raise renamed(error, "prompt", "messages") if error.param == "prompt" else error from None
     request.serves = batch.request_ids
-    more = partial(explanation, context, batch.request_ids) if explain else None
+    more = (lambda: explanation(context, batch.request_ids)) if explain else None
     try:
         base: dict[str, Any] = {
             "id": f"chatcmpl-{batch.streams[0].request_id}",
@@ -81,6 +81,7 @@ async def chat_completions(context: Context, request: Request, reply: Reply, bod
             base["xllm"] = more()
         await reply.send(200, msgspec.json.encode(base), job.ignored)
     finally:
+        request.serves = batch.request_ids
         await batch.aclose()
 
 

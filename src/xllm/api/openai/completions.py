@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -80,7 +79,7 @@ async def completions(context: Context, request: Request, reply: Reply, body: di
     explain = wants_explanation(request)
     batch = await submit_all(context.front, [context.stamped(job.draft(p), request) for p in job.prompts])
     request.serves = batch.request_ids
-    more = partial(explanation, context, batch.request_ids) if explain else None
+    more = (lambda: explanation(context, batch.request_ids)) if explain else None
     try:
         base: dict[str, Any] = {
             "id": f"cmpl-{batch.streams[0].request_id}",
@@ -100,6 +99,7 @@ async def completions(context: Context, request: Request, reply: Reply, body: di
             base["xllm"] = more()
         await reply.send(200, msgspec.json.encode(base), job.ignored)
     finally:
+        request.serves = batch.request_ids
         await batch.aclose()
 
 

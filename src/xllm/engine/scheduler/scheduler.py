@@ -18,6 +18,7 @@ from xllm.engine.request import Request, Sequence, SequenceState
 from xllm.engine.sampling import needs_history
 from xllm.engine.scheduler.absorb import apply_result
 from xllm.engine.scheduler.counters import Counters
+from xllm.engine.scheduler.deadlines import DEADLINE_PASSED, Deadlines
 from xllm.engine.scheduler.load import Load
 from xllm.engine.scheduler.order import Order
 from xllm.engine.scheduler.outputs import FrameBuilder
@@ -64,6 +65,7 @@ class Scheduler:
         self._planned: dict[int, Sequence] = {}
         self._copies: list[PageCopy] = []
         self._frames = FrameBuilder()
+        self._deadlines = Deadlines()
         self._next_seq_id = 0
         self._next_arrival = 0
         self._step = 0
@@ -97,6 +99,7 @@ class Scheduler:
         self._next_arrival += 1
         self._counters.num_accepted += 1
         self._requests[request.key] = request
+        self._deadlines.add(request, len(self._requests))
         for choice, draws, emitted in _initial_choices(spec):
             self._add(request, choice, draws, (*prompt, *emitted))
 
@@ -136,6 +139,8 @@ class Scheduler:
         """The next step, or None when nothing can run now."""
         self._planned = {}
         self._planned_s = now_s
+        for request in self._deadlines.passed(now_s):
+            self._end_request(request, FinishReason.ERROR, DEADLINE_PASSED)
         budget = self._max_rows
         num_preemptions = self._counters.num_preemptions
         # Sequences with one row to go first: a long prompt must not delay running streams.
