@@ -1,0 +1,121 @@
+"""Judges a finished run: exact outputs, one ending each, nothing left behind, no error undeserved.
+
+Pure over what was recorded. It knows what the faults excuse, and nothing else excuses anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from xllm.simulation.client import Outcome
+from xllm.simulation.golden import ChoiceOutput, Output, joined
+from xllm.simulation.record import Record
+
+CLOCK_SLACK_S = 0.002
+"""A timer fires at least a tick after its time (`LiveRequest._arm`)."""
+
+
+def judge(record: Record) -> list[str]:
+    """What is wrong, in words; empty = all is well."""
+    wrong: list[str] = []
+    for outcome in record.outcomes:
+        wrong += [f"request {outcome.index}: {what}" for what in _request(outcome, record)]
+    wrong += _leftovers(record)
+    return wrong
+
+
+def _request(outcome: Outcome, record: Record) -> Iterable[str]:
+    if outcome.ended_s is None:
+        yield "never ended"
+        return
+    if outcome.refused is not None:
+        if not _refusal_deserved(outcome, record):
+            yield f"was refused with {outcome.refused.code} for no reason"
+        return
+    if outcome.spec is None:
+        yield "failed before it was refused or accepted"
+        return
+    if (ends := record.num_ended.get(outcome.spec.request_id, 0)) != 1:
+        yield f"the front ended it {ends} times"
+    got = joined(outcome.deltas, outcome.spec.params.n)
+    golden = record.golden(outcome.spec)
+    if outcome.error is None and not outcome.left:
+        yield from _complete(outcome, got, golden)
+        return
+    yield from _partial(got, golden)
+    if outcome.error is not None and not _error_deserved(outcome, record):
+        yield f"ended with {outcome.error.code} for no reason: {outcome.error.message}"
+
+
+def _complete(outcome: Outcome, got: Output, golden: Output) -> Iterable[str]:
+    for index, (mine, right) in enumerate(zip(got.choices, golden.choices, strict=True)):
+        if mine != right:
+            yield f"choice {index} differs from the run alone: {_difference(mine, right)}"
+    if got.num_ends != (1,) * len(golden.choices):
+        yield f"choices ended {got.num_ends} times"
+    if got.prompt_logprobs != golden.prompt_logprobs:
+        yield "prompt_logprobs differ from the run alone"
+    num_tokens = sum(len(c.token_ids) for c in golden.choices)
+    if outcome.usage is None or outcome.usage.completion_tokens != num_tokens:
+        yield f"usage {outcome.usage} does not say {num_tokens} tokens"
+    elif outcome.usage.prompt_tokens != len(outcome.request.prompt):
+        yield f"usage {outcome.usage} miscounts the prompt"
+
+
+def _partial(got: Output, golden: Output) -> Iterable[str]:
+    """What was delivered before a bad end stays valid: a beginning of the right answer."""
+    for index, (mine, right) in enumerate(zip(got.choices, golden.choices, strict=True)):
+        num = len(mine.token_ids)
+        if mine.token_ids != right.token_ids[:num] or not right.text.startswith(mine.text):
+            yield f"choice {index} is no beginning of the run alone: {_difference(mine, right)}"
+        if mine.logprobs != right.logprobs[: len(mine.logprobs)]:
+            yield f"logprobs of choice {index} differ from the run alone"
+        if got.num_ends[index] > 1:
+            yield f"choice {index} ended {got.num_ends[index]} times"
+
+
+def _difference(mine: ChoiceOutput, right: ChoiceOutput) -> str:
+    for field in ChoiceOutput.__slots__:
+        if getattr(mine, field) != getattr(right, field):
+            return f"{field} is {getattr(mine, field)!r}, not {getattr(right, field)!r}"
+    return "nothing"
+
+
+def _refusal_deserved(outcome: Outcome, record: Record) -> bool:
+    match outcome.refused.code if outcome.refused is not None else "":
+        case "queue_full":
+            return record.may_be_full
+        case "no_healthy_instance" | "model_not_found":
+            return record.was_without_instance(outcome.submitted_s)
+    return False
+
+
+def _error_deserved(outcome: Outcome, record: Record) -> bool:
+    request, ended_s = outcome.request, outcome.ended_s or 0.0
+    match outcome.error.code if outcome.error is not None else "":
+        case "aborted":
+            return outcome.left
+        case "deadline_exceeded":
+            due_s = outcome.submitted_s + (request.deadline_ms or float("inf")) / 1000
+            return ended_s >= due_s - CLOCK_SLACK_S
+        case "slow_reader":
+            return request.habit in ("stall", "slow")
+        case "queue_full":
+            return record.may_be_full
+        case "engine_lost":
+            return record.num_losses > 0
+    return False
+
+
+def _leftovers(record: Record) -> Iterable[str]:
+    snapshot = record.front
+    if snapshot.num_inflight_reqs or snapshot.num_inflight_tokens:
+        yield f"admission still counts {snapshot.num_inflight_reqs} requests"
+    if snapshot.num_accepted != sum(snapshot.num_ended.values()):
+        yield f"{snapshot.num_accepted} accepted, but ended: {snapshot.num_ended}"
+    if snapshot.num_divergences:
+        yield f"{snapshot.num_divergences} frames contradicted the log"
+    for instance in snapshot.instances:
+        if instance.num_requests:
+            yield f"{instance.name} is still listed with {instance.num_requests} requests"
+    yield from record.engine_faults
