@@ -47,17 +47,18 @@ class EngineLoop:
         self._inbox = inbox
         self._send = send
         self._refused: list[Frame] = []
-        self.draining = False
+        self._draining = False
 
     def run(self) -> None:
         """Until the front is gone, or drained and idle. Every accepted request has ended then."""
         ran = False
         while self._take_messages(may_wait=not ran):
             ran, frames = self._core.step()
-            frames = (*self.take_refused(), *frames)
+            frames = (*self._refused, *frames)
+            self._refused = []
             if frames:
                 self._send(Frames(frames=frames, snapshot=self._core.snapshot()))
-            if self.draining and not self._core.has_requests:
+            if self._draining and not self._core.has_requests:
                 return
         self._core.abort_all()
         self._core.step()
@@ -77,11 +78,10 @@ class EngineLoop:
                 continue
             if message is None:
                 return False
-            self.handle(message)
+            self._handle(message)
             may_wait = False
 
-    def handle(self, message: FrontMessage) -> None:
-        """Act on one message; refusals wait for `take_refused`."""
+    def _handle(self, message: FrontMessage) -> None:
         match message:
             case Submit():
                 self._submit(message)
@@ -93,15 +93,10 @@ class EngineLoop:
             case AssetRequest(digest=digest):
                 self._send(Asset(digest=digest, data=self._assets.get(digest)))
             case Drain():
-                self.draining = True
+                self._draining = True
                 self._core.drain()
             case _:
                 return  # a Hello or Start after the hand-shake says nothing new
-
-    def take_refused(self) -> tuple[Frame, ...]:
-        """Terminal frames of requests that were not taken, since the last call."""
-        refused, self._refused = tuple(self._refused), []
-        return refused
 
     def _submit(self, message: Submit) -> None:
         spec = message.spec
