@@ -277,5 +277,10 @@ def _emitted(spec: RequestSpec, card: ModelCard) -> None:
     most = resolve_max_tokens(
         spec.params, num_prompt_tokens=len(spec.prompt_token_ids), max_model_len=card.max_model_len
     )
-    for tokens in spec.emitted:
-        _token_ids("emitted", tokens, card.head_width, most)
+    for choice, tokens in enumerate(spec.emitted):
+        # An open choice has a token to go; what is complete can be no longer than it was allowed to be.
+        _token_ids("emitted", tokens, card.head_width, most if choice in spec.ended else most - 1)
+    if list(spec.ended) != sorted(set(spec.ended)) or any(not 0 <= c < spec.params.n for c in spec.ended):
+        raise refuse("ended", "must name choices of the request, each once and in order")
+    if len(spec.ended) >= spec.params.n:
+        raise refuse("ended", "must leave a choice open")

@@ -220,7 +220,10 @@ def test_min_tokens_beyond_max_tokens_is_a_combination_error(min_tokens: int, ma
         ("attempt", {"attempt": -1}),
         ("prompt", {"segments": (TokenSegment((1,)),) * 4097}),
         ("emitted", {"emitted": ((1,), (1,))}),
-        ("emitted", {"emitted": ((1,) * 17,)}),
+        ("emitted", {"emitted": ((1,) * 16,)}),
+        ("ended", {"ended": (0,)}),
+        ("ended", {"ended": (1,)}),
+        ("ended", {"ended": (-1,)}),
         ("emitted", {"emitted": ((HEAD,),)}),
     ],
 )
@@ -234,7 +237,7 @@ def test_envelope_fields_are_bounded(param: str, more: dict[str, Any]) -> None:
     [
         {"cache_salt": "x" * 128},
         {"priority": -(2**31), "deadline_ms": 1.0, "slo": SLO(ttft_ms=1.0)},
-        {"emitted": ((HEAD - 1,) * 16,), "attempt": 3},
+        {"emitted": ((HEAD - 1,) * 15,), "attempt": 3},
     ],
 )
 def test_envelope_fields_at_the_limit_are_accepted(more: dict[str, Any]) -> None:

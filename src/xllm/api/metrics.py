@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from xllm.observability.buckets import LATENCY_S, LENGTH, TOKEN_S, TTFT_S
-from xllm.service.snapshot import FrontSnapshot, InstanceSnapshot, RequestRecord
+from xllm.service.snapshot import FrontSnapshot, InstanceSnapshot, NullObserver, RequestRecord
 from xllm.service.stream import Delta
 from xllm.types import EngineSnapshot, FinishReason, ModelCard
 
@@ -33,7 +33,7 @@ class Readable(Protocol):
     def models(self) -> list[ModelCard]: ...
 
 
-class Metrics:
+class Metrics(NullObserver):
     """A `FrontObserver` that also counts responses and renders everything."""
 
     def __init__(self) -> None:

@@ -91,6 +91,6 @@ class Request:
 
     @property
     def all_ended(self) -> bool:
-        if len(self.sequences) != self.spec.params.n:
-            return False  # not forked yet; a choice has one sequence
+        if len(self.sequences) + len(self.spec.ended) != self.spec.params.n:
+            return False  # not forked yet; a choice has one sequence, or ended in an earlier attempt
         return all(s.state is SequenceState.ENDED for s in self.sequences)

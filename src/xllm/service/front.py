@@ -1,58 +1,45 @@
 """The front: takes drafts in, places them on instances, hands their output out as streams.
 
-The composition of the service's rooms (catalogue, admission, router, journal, instances). All of
+The composition of the service's rooms (catalogue, admission, dispatch, guard, journal). All of
 it runs on one event loop. No HTTP, no policy of its own, no engine code.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections import Counter
 from collections.abc import Callable
 
 from xllm.clock import Clock
 from xllm.config import FrontConfig
-from xllm.errors import AbortedError, CapacityError, InternalError, UnavailableError, XllmError
-from xllm.service.admission import RETRY_AFTER_S, Admission
+from xllm.errors import AbortedError, UnavailableError, XllmError
+from xllm.service.admission import Admission
 from xllm.service.assemble import assemble
 from xllm.service.catalogue import Catalogue
 from xllm.service.choice_text import choice_text
+from xllm.service.dispatch import Dispatch
 from xllm.service.draft import RequestDraft
-from xllm.service.instances.instance import Instance
+from xllm.service.guard import Guard
+from xllm.service.instances.about import InstanceAbout
+from xllm.service.instances.instance import CauseOf, Instance, InstanceHooks
 from xllm.service.journal import RequestJournal
 from xllm.service.live import LiveHooks, LiveRequest, StreamLimits
-from xllm.service.router.base import InstanceView, RequestView, RouterPolicy, RouterSnapshot
+from xllm.service.placer import Placer
+from xllm.service.router.base import RouterPolicy
 from xllm.service.router.registry import load_policy
 from xllm.service.snapshot import FrontObserver, FrontSnapshot, InstanceSnapshot, NullObserver
 from xllm.service.stream import Delta
 from xllm.service.tally import Tally
 from xllm.text.assets import TextAssets
-from xllm.types import ModelCard, RequestSpec
-from xllm.wire.messages import Abort, Frame, Submit
+from xllm.types import ModelCard
+from xllm.wire.messages import KvDelta, Ready
 from xllm.wire.stream import EngineStream
-
-log = logging.getLogger(__name__)
-decisions = logging.getLogger("xllm.decisions")
-
-
-class _Placed:
-    """What the front keeps per live request."""
-
-    __slots__ = ("first_s", "instance", "last_s", "live")
-
-    def __init__(self, live: LiveRequest, instance: Instance) -> None:
-        self.live = live
-        self.instance = instance
-        self.first_s: float | None = None
-        self.last_s = live.submitted_s
 
 
 class Front:
     """See the module. `router` None = the policy named in the config.
 
-    Invariant: a request is in `_live`, counted in admission and listed at its instance, or in
-    none of the three; `_ended` is the only way out.
+    Invariant: a request has a ticket at dispatch and is counted in admission, or neither; `_ended` is
+    the only way out.
     """
 
     def __init__(
@@ -64,7 +51,6 @@ class Front:
         observer: FrontObserver | None = None,
     ) -> None:
         self._config = config
-        self._router = router if router is not None else load_policy(config.router_policy)
         self._clock = clock
         self._observer = observer if observer is not None else NullObserver()
         self._catalogue = Catalogue()
@@ -74,8 +60,12 @@ class Front:
         self._limits = StreamLimits(
             buffer_tokens=config.stream_buffer_tokens, stall_s=config.slow_reader_timeout_s
         )
-        self._live: dict[str, _Placed] = {}
-        self._turns: Counter[str] = Counter()
+        self._guard = Guard(config, clock, self._catalogue, self._observer)
+        placer = Placer(config, router if router is not None else load_policy(config.router_policy))
+        self._dispatch = Dispatch(
+            config, clock, self._catalogue, placer, self._observer, on_draining=self._guard.begin_drain
+        )
+        self._guard.connect(self._dispatch)
         self._tally = Tally()
         self._draining = False
         self._idle = asyncio.Event()
@@ -86,32 +76,71 @@ class Front:
     async def add_instance(
         self,
         stream: EngineStream,
-        card: ModelCard,
+        card: ModelCard | Ready,
         *,
         name: str,
         max_reqs: int | None = None,
         on_lost: Callable[[], None] | None = None,
+        about: InstanceAbout | None = None,
+        cause_of: CauseOf | None = None,
+        on_hung: Callable[[], None] | None = None,
     ) -> Instance:
         """Serve `card`'s model over a stream whose engine has said Ready.
 
         `max_reqs` is what the instance holds, running and queued. `on_lost` is called once if the
-        connection ends unasked, after its requests have ended. Raises as `Catalogue.add`; the
-        stream is closed then.
+        connection ends unasked, after its requests have been taken off it. `cause_of` is asked why it
+        failed (a `failover.blame.DeathCause`). `on_hung` is called when it stays suspect for
+        `hang_kill_s`, to kill it; without one the connection is closed then.
+        Raises as `Catalogue.add`; the stream is closed then.
         """
-        instance = Instance(stream, card, name=name, max_reqs=max_reqs)
+        if isinstance(card, Ready):
+            max_reqs = card.max_reqs if max_reqs is None else max_reqs
+            about = InstanceAbout(pid=card.pid, phases=card.phases) if about is None else about
+            card = card.card
+        instance = Instance(
+            stream, card, name=name, max_reqs=max_reqs, about=about, cause_of=cause_of, on_hung=on_hung
+        )
 
         def lost(instance: Instance) -> None:
-            self._on_lost(instance)
-            if on_lost is not None:
+            known = instance.started
+            self._guard.lost(instance)
+            if known and on_lost is not None:
                 on_lost()
 
-        instance.start(on_frame=self._on_frame, on_lost=lost)
+        guard = self._guard
+        instance.start(
+            InstanceHooks(
+                frame=self._dispatch.deliver,
+                lost=lost,
+                progress=guard.progress,
+                heard=guard.heard,
+                pulse=guard.pulse,
+                kv=self._on_kv,
+            )
+        )
         try:
             await self._catalogue.add(instance)
         except BaseException:
             await instance.close()
             raise
+        guard.watch(instance)
         return instance
+
+    async def drain_instance(self, name: str, grace_s: float) -> None:
+        """Give it nothing new; what has not ended after `grace_s` goes elsewhere. Returns when it is empty.
+
+        Its connection stays until `remove_instance`. Nothing happens if there is none of that name.
+        """
+        instance = self._catalogue.get(name)
+        if instance is not None:
+            await self._guard.drain(instance, grace_s)
+
+    async def remove_instance(self, name: str) -> bool:
+        """End the connection; requests on it go elsewhere. `on_lost` is not called. False = not there."""
+        instance = self._catalogue.get(name)
+        if instance is not None:
+            await self._guard.release(instance)
+        return instance is not None
 
     def models(self) -> list[ModelCard]:
         """One card per model."""
@@ -146,7 +175,7 @@ class Front:
         candidates = self._catalogue.serving(draft.model)
         text = self._catalogue.text(draft.model)
         spec = assemble(draft, candidates[0].card, text)
-        instance = self._place(spec, candidates)
+        instance, placement = self._dispatch.choose(spec, candidates)
         journal = RequestJournal(
             spec,
             head_width=instance.card.head_width,
@@ -158,140 +187,102 @@ class Front:
             journal,
             clock=self._clock,
             limits=self._limits,
-            hooks=LiveHooks(commit=instance.commit, delivered=self._on_delta, ended=self._ended),
+            hooks=LiveHooks(commit=self._commit, delivered=self._on_delta, ended=self._ended),
             deadline_s=deadline_s,
         )
-        self._live[live.request_id] = _Placed(live, instance)
-        instance.requests.add(live.request_id)
         self._idle.clear()
-        instance.post(Submit(spec=spec))
+        self._dispatch.begin(live, instance, placement)
         return live
 
     async def abort(self, request_id: str) -> bool:
         """End the request with AbortedError; False when there is none of that id (it may have ended)."""
-        placed = self._live.get(request_id)
-        if placed is not None:
-            placed.live.fail(AbortedError("the request was aborted"))
-        return placed is not None
-
-    def _place(self, spec: RequestSpec, candidates: tuple[Instance, ...]) -> Instance:
-        view = RequestView(
-            request_id=spec.request_id,
-            model=spec.model,
-            num_prompt_tokens=len(spec.prompt_token_ids),
-            num_choices=spec.params.n,
-            cls=spec.cls,
-            priority=spec.priority,
-            slo=spec.slo,
-            attempt=spec.attempt,
-        )
-        views = tuple(
-            InstanceView(name=i.name, num_reqs=len(i.requests), max_reqs=i.max_reqs, engine=i.snapshot)
-            for i in candidates
-        )
-        snapshot = RouterSnapshot(instances=views, turn=self._turns[spec.model])
-        placement = self._router(view, snapshot, self._config)
-        if placement is None:
-            message = "all instances of this model are full; try again later"
-            raise CapacityError(message, retry_after_s=RETRY_AFTER_S)
-        self._turns[spec.model] += 1
-        decisions.info(
-            "place request=%s model=%s instance=%s reasons=%s",
-            spec.request_id,
-            spec.model,
-            placement.instance,
-            ",".join(placement.reasons),
-        )
-        chosen = next((i for i in candidates if i.name == placement.instance), None)
-        if chosen is None:
-            raise InternalError("the router policy chose an instance that it was not offered")
-        return chosen
+        ticket = self._dispatch.tickets.get(request_id)
+        if ticket is not None:
+            ticket.live.fail(AbortedError("the request was aborted"))
+        return ticket is not None
 
     # -- what instances and streams tell -----------------------------------------------------------
 
-    def _on_frame(self, instance: Instance, frame: Frame) -> None:
-        placed = self._live.get(frame.request_id)
-        # Unknown: the request ended here (stop string, abort) before the engine heard of it. Another
-        # instance's: not its business any more, or never was.
-        if placed is not None and placed.instance is instance:
-            placed.live.deliver(frame)
-
-    def _on_lost(self, instance: Instance) -> None:
-        # Failover will take the journals to another instance here; until it does, requests end.
-        log.error("instance %s is lost with %d requests", instance.name, len(instance.requests))
-        for request_id in tuple(instance.requests):
-            error = UnavailableError("the engine that worked on this request was lost", code="engine_lost")
-            self._live[request_id].live.fail(error, abort=False)
+    def _commit(self, request_id: str, choice: int, count: int) -> None:
+        instance = self._dispatch.tickets[request_id].instance
+        if instance is not None:
+            instance.commit(request_id, choice, count)
 
     def _on_delta(self, live: LiveRequest, delta: Delta) -> None:
-        placed = self._live[live.request_id]
+        ticket = self._dispatch.tickets[live.request_id]
         now_s = self._clock.monotonic_s()
-        gap_s, first = now_s - placed.last_s, placed.first_s is None
-        placed.last_s = now_s
+        gap_s, first = now_s - ticket.last_s, ticket.first_s is None
+        ticket.last_s = now_s
         if first:
-            placed.first_s = now_s
-        self._observer.on_delta(placed.instance.card.model_id, delta, gap_s, first=first)
+            ticket.first_s = now_s
+        self._observer.on_delta(ticket.model_id, delta, gap_s, first=first)
+        self._dispatch.on_delta(ticket, delta, now_s)
+
+    def _on_kv(self, instance: Instance, delta: KvDelta) -> None:
+        """The index of pages is not there yet."""
 
     def _ended(self, live: LiveRequest, abort: bool) -> None:
-        placed = self._live.pop(live.request_id)
-        journal = live.journal
-        placed.instance.requests.discard(live.request_id)
-        placed.instance.forget(live.request_id, len(journal.choices))
-        if abort:
-            placed.instance.post(Abort(request_id=live.request_id, attempt=journal.attempt))
-        self._admission.release(journal.num_prompt_tokens)
-        record = self._tally.ended(
-            live,
-            model=placed.instance.card.model_id,
-            instance=placed.instance.name,
-            first_s=placed.first_s,
-            now_s=self._clock.monotonic_s(),
-        )
-        if not self._live:
+        ticket = self._dispatch.end(live, abort=abort)
+        self._admission.release(live.journal.num_prompt_tokens)
+        record = self._tally.ended(ticket, self._clock.monotonic_s())
+        if not self._dispatch.tickets:
             self._idle.set()
         self._observer.on_ended(record)
 
     # -- state ------------------------------------------------------------------------------------
 
     def snapshot(self) -> FrontSnapshot:
-        instances = tuple(
-            InstanceSnapshot(
-                name=i.name,
-                model_id=i.card.model_id,
-                alive=i.alive,
-                num_requests=len(i.requests),
-                engine=i.snapshot,
-            )
-            for i in self._catalogue.instances()
-        )
+        dispatch, guard, tally = self._dispatch, self._guard, self._tally
         return FrontSnapshot(
             num_inflight_reqs=self._admission.num_reqs,
             num_inflight_tokens=self._admission.num_tokens,
             draining=self._draining,
-            num_accepted=self._tally.num_accepted,
-            num_refused=self._tally.num_refused,
-            num_ended=dict(self._tally.num_ended),
-            num_divergences=self._tally.num_divergences,
-            num_stale_frames=self._tally.num_stale_frames,
-            instances=instances,
+            num_accepted=tally.num_accepted,
+            num_refused=tally.num_refused,
+            num_ended=dict(tally.num_ended),
+            num_divergences=tally.num_divergences,
+            num_stale_frames=tally.num_stale_frames + dispatch.num_stale_frames,
+            num_waiting=dispatch.num_waiting,
+            num_moves=dict(dispatch.num_moves),
+            num_deaths=dict(guard.num_deaths),
+            num_suspicions=guard.num_suspicions,
+            num_quarantined=dispatch.num_quarantined,
+            num_nonexact_resumes=dispatch.num_nonexact,
+            instances=tuple(self._instance_snapshot(i) for i in self._catalogue.instances()),
+        )
+
+    def _instance_snapshot(self, instance: Instance) -> InstanceSnapshot:
+        return InstanceSnapshot(
+            name=instance.name,
+            model_id=instance.card.model_id,
+            alive=instance.alive,
+            num_requests=len(instance.requests),
+            engine=instance.snapshot,
+            state=instance.state,
+            about=instance.about,
+            backlog_tokens=instance.backlog_tokens,
+            context_tokens=instance.context_tokens,
+            quiet_s=self._guard.quiet_s(instance),
         )
 
     def ready(self) -> tuple[bool, str]:
-        """Whether every model can be served, and why not: a word fit for a health response."""
+        """Whether every known model can be served, and why not: a word fit for a health response."""
         instances = self._catalogue.instances()
         if self._draining:
             return False, "draining"
         if not instances:
             return False, "loading"
-        alive = {i.card.model_id for i in instances if i.alive}
-        if any(i.card.model_id not in alive for i in instances):
-            return False, "engine_lost"
-        return True, "ready"
+        served = {i.card.model_id for i in instances if i.routable}
+        idle = [i.state for i in instances if i.card.model_id not in served]
+        if not idle:
+            return True, "ready"
+        return False, next((f"engine_{state}" for state in ("lost", "suspect") if state in idle), "loading")
 
     def check_times(self) -> None:
-        """Apply deadlines and reader limits now. Requests have timers; tests with a fake clock have this."""
-        for placed in tuple(self._live.values()):
-            placed.live.check_time()
+        """Apply all time limits now. Requests and guard have timers; tests with a fake clock have this."""
+        for ticket in tuple(self._dispatch.tickets.values()):
+            ticket.live.check_time()
+        self._guard.tick()
 
     async def drain(self, timeout_s: float | None = None) -> bool:
         """Accept nothing new and wait for what runs; after `timeout_s` the rest ends with an error.
@@ -315,8 +306,9 @@ class Front:
         self._fail_all()
         for instance in self._catalogue.instances():
             await instance.close()
+        await self._guard.close()
         await self._catalogue.close()
 
     def _fail_all(self) -> None:
-        for placed in tuple(self._live.values()):
-            placed.live.fail(UnavailableError("the server is shutting down", code="draining"))
+        for ticket in tuple(self._dispatch.tickets.values()):
+            ticket.live.fail(UnavailableError("the server is shutting down", code="draining"))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
+
 from xllm.errors import InternalError
 from xllm.service.choice_text import ChoiceText
 from xllm.service.stream import Delta, Usage
@@ -41,7 +43,12 @@ class RequestJournal:
         self.num_cached_tokens = 0
         self.num_divergences = 0
         self.num_stale_frames = 0
+        self.num_committed = 0
         self.queue_ms = 0.0
+        self.prefill_ms = 0.0
+        self._resumed = False
+        self._num_preemptions_before = 0
+        self._num_preemptions = 0
         self._max_tokens = spec.params.max_tokens
         self._head_width = head_width
         self._prompt_logprobs: list[TokenLogprobs] | None = (
@@ -60,6 +67,35 @@ class RequestJournal:
             cached_tokens=self.num_cached_tokens,
         )
 
+    @property
+    def num_preemptions(self) -> int:
+        """Over all attempts."""
+        return self._num_preemptions_before + self._num_preemptions
+
+    def begin_attempt(self, deadline_ms: float | None) -> RequestSpec:
+        """What the next engine gets: the same request, continued where the log ends.
+
+        Frames of earlier attempts count for nothing from here on. `deadline_ms` is what is left. What the
+        client has of the prompt's logprobs is not computed again; what it lacks is asked for as a whole.
+        """
+        self.attempt += 1
+        self._num_preemptions_before, self._num_preemptions = self.num_preemptions, 0
+        params = self.spec.params
+        if self._prompt_logprobs is not None:
+            self._prompt_logprobs = []
+        elif params.prompt_logprobs is not None:
+            params = msgspec.structs.replace(params, prompt_logprobs=None)
+        # Queue, prefill and cache of the attempt that answered first are those the client waited for.
+        self._resumed = self.num_committed > 0
+        return msgspec.structs.replace(
+            self.spec,
+            params=params,
+            attempt=self.attempt,
+            deadline_ms=deadline_ms,
+            emitted=tuple(tuple(c.tokens) for c in self.choices) if self._resumed else (),
+            ended=tuple(i for i, c in enumerate(self.choices) if c.finish_reason is not None),
+        )
+
     def absorb(self, frame: Frame) -> Delta | None:
         """Commit what is new in `frame`; None when it changes nothing that the client sees.
 
@@ -73,10 +109,15 @@ class RequestJournal:
             raise frame.error.to_error()
         if not 0 <= frame.choice < len(self.choices):
             raise InternalError("the engine sent output for a choice that was not asked for")
-        if frame.num_cached_tokens > self.num_cached_tokens:
-            self.num_cached_tokens = frame.num_cached_tokens
-        if frame.queue_ms > self.queue_ms:
-            self.queue_ms = frame.queue_ms
+        if not self._resumed:
+            if frame.num_cached_tokens > self.num_cached_tokens:
+                self.num_cached_tokens = frame.num_cached_tokens
+            if frame.queue_ms > self.queue_ms:
+                self.queue_ms = frame.queue_ms
+            if frame.prefill_ms > self.prefill_ms:
+                self.prefill_ms = frame.prefill_ms
+        if frame.num_preemptions > self._num_preemptions:
+            self._num_preemptions = frame.num_preemptions
         if self._prompt_logprobs is not None:
             self._prompt_logprobs.extend(frame.prompt_logprobs)
         log = self.choices[frame.choice]
@@ -106,6 +147,7 @@ class RequestJournal:
             if match is not None:
                 break
         log.tokens.extend(tokens[:num_kept])
+        self.num_committed += num_kept
         if match is None and frame.finish_reason is not None:
             piece, match = log.text.finish()
             pieces.append(piece)

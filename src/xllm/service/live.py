@@ -16,6 +16,7 @@ from xllm.clock import Clock
 from xllm.errors import AbortedError, CapacityError, DeadlineError, InternalError, XllmError
 from xllm.service.journal import RequestJournal
 from xllm.service.stream import Delta, Usage
+from xllm.types import RequestSpec
 from xllm.wire.messages import CREDIT_WINDOW, Frame
 
 log = logging.getLogger(__name__)
@@ -151,6 +152,15 @@ class LiveRequest:
         elif self._stalled_since_s is None:
             self._stalled_since_s = self._clock.monotonic_s()
             self._arm()
+
+    def begin_attempt(self) -> RequestSpec:
+        """The request as the next engine gets it; its credit starts at the end of the log."""
+        left_ms: float | None = None
+        if self._deadline_s is not None:
+            # It ends by its timer, not by a limit that the engine would refuse.
+            left_ms = max(1.0, (self._deadline_s - self._clock.monotonic_s()) * 1000)
+        self._committed = [len(choice.tokens) for choice in self.journal.choices]
+        return self.journal.begin_attempt(left_ms)
 
     def fail(self, error: XllmError, *, abort: bool = True) -> None:
         """End with `error` after what is buffered; nothing happens if it has ended."""

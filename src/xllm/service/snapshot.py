@@ -8,22 +8,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from xllm.service.instances.about import InstanceAbout, InstanceState
+from xllm.service.router.base import Placement
 from xllm.service.stream import Delta, Usage
 from xllm.types import EngineSnapshot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceSnapshot:
+    """`quiet_s` is the time since its last sign of progress."""
+
     name: str
     model_id: str
     alive: bool
     num_requests: int
     engine: EngineSnapshot
+    state: InstanceState = "ready"
+    about: InstanceAbout = InstanceAbout()
+    backlog_tokens: int = 0
+    context_tokens: int = 0
+    quiet_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontSnapshot:
-    """`num_ended` counts requests by how they ended: a finish reason (of choice 0) or an error code."""
+    """`num_ended` counts requests by how they ended: a finish reason (of choice 0) or an error code.
+
+    `num_waiting` requests have no instance now. `num_moves` (taken off an instance) are counted by why,
+    `num_deaths` of instances by cause (`failover.blame.DeathCause`).
+    """
 
     num_inflight_reqs: int
     num_inflight_tokens: int
@@ -33,6 +46,12 @@ class FrontSnapshot:
     num_ended: dict[str, int]
     num_divergences: int
     num_stale_frames: int
+    num_waiting: int
+    num_moves: dict[str, int]
+    num_deaths: dict[str, int]
+    num_suspicions: int
+    num_quarantined: int
+    num_nonexact_resumes: int
     instances: tuple[InstanceSnapshot, ...]
 
 
@@ -49,10 +68,18 @@ class RequestRecord:
     e2e_s: float
     ttft_s: float | None
     queue_s: float
+    prefill_ms: float = 0.0
+    num_attempts: int = 1
+    num_moves: int = 0
+    num_preemptions: int = 0
+    nonexact: bool = False
 
 
 class FrontObserver(Protocol):
-    """Told about each request as it goes; for metrics. Must return at once and never raise."""
+    """Told about each request and instance as it goes; must return at once and never raise.
+
+    Derive from NullObserver, so that an event that is new says nothing to you instead of breaking you.
+    """
 
     def on_delta(self, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
         """Output was committed, `gap_s` after the request's previous output (or its submission)."""
@@ -60,10 +87,43 @@ class FrontObserver(Protocol):
     def on_ended(self, record: RequestRecord) -> None:
         """The request's terminal event."""
 
+    def on_placed(self, request_id: str, placement: Placement, attempt: int) -> None:
+        """The request was sent to an instance."""
+
+    def on_moved(
+        self, request_id: str, source: str, target: str, cause: str, gap_s: float, recompute_tokens: int
+    ) -> None:
+        """It was sent to `target` since it could not stay at `source`, `gap_s` after its last output.
+
+        `cause`: lost, suspect, drain or removed. `recompute_tokens` counts before any prefix hit.
+        """
+
+    def on_resumed(self, request_id: str, instance: str, gap_s: float) -> None:
+        """The first output after one or more moves, and how long its client waited for it."""
+
+    def on_instance(self, name: str, state: InstanceState, reason: str, detect_s: float) -> None:
+        """The instance is in this state now; found out `detect_s` after its last progress."""
+
 
 class NullObserver:
+    """Nobody looks."""
+
     def on_delta(self, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
-        """Nobody looks."""
+        return
 
     def on_ended(self, record: RequestRecord) -> None:
-        """Nobody looks."""
+        return
+
+    def on_placed(self, request_id: str, placement: Placement, attempt: int) -> None:
+        return
+
+    def on_moved(
+        self, request_id: str, source: str, target: str, cause: str, gap_s: float, recompute_tokens: int
+    ) -> None:
+        return
+
+    def on_resumed(self, request_id: str, instance: str, gap_s: float) -> None:
+        return
+
+    def on_instance(self, name: str, state: InstanceState, reason: str, detect_s: float) -> None:
+        return

@@ -169,17 +169,27 @@ class SampleEngine:
             case AssetRequest(digest=digest):
                 self._end.send(Asset(digest=digest, data=self._assets.get(digest)))
             case Submit(spec=spec):
-                choices = [_Choice(self._script(spec, c)) for c in range(spec.params.n)]
+                choices = [self._choice(spec, c) for c in range(spec.params.n)]
                 self._requests[spec.request_id] = _Request(spec, choices)
             case Abort(request_id=request_id):
-                if self._requests.pop(request_id, None) is not None:
-                    self.say(Frame(request_id=request_id, finish_reason=FinishReason.ABORT, last=True))
+                if (gone := self._requests.pop(request_id, None)) is not None:
+                    attempt = gone.spec.attempt
+                    end = Frame(
+                        request_id=request_id, attempt=attempt, finish_reason=FinishReason.ABORT, last=True
+                    )
+                    self.say(end)
             case Committed(counts=counts):
                 for request_id, choice, count in counts:
                     if request_id in self._requests:
                         self._requests[request_id].choices[choice].num_committed = count
             case Drain():
                 self._auto = True
+
+    def _choice(self, spec: RequestSpec, index: int) -> _Choice:
+        """Where an earlier attempt left off: what it emitted is output and is not said again."""
+        num_out = len(spec.emitted[index]) if index < len(spec.emitted) else 0
+        script = self._script(spec, index)
+        return _Choice(script, num_out=num_out, num_committed=num_out, ended=index in spec.ended)
 
     def _advance(self, request: _Request) -> list[Frame]:
         frames = []

@@ -241,7 +241,8 @@ async def test_a_deadline_header_ends_the_request(slow: Site) -> None:
     await slow.engine.saw(Abort)
 
 
-async def test_an_engine_that_dies_gives_503_and_not_ready(slow: Site) -> None:
+async def test_an_engine_that_dies_gives_503_and_not_ready(make_site: MakeSite) -> None:
+    slow = await make_site(engine={"auto": False}, front={"recovery_grace_s": 0.0})
     asked = asyncio.create_task(slow.client.post("/v1/completions", json=BODY))
     await submitted(slow.engine)
     slow.engine.crash()

@@ -33,7 +33,7 @@ from xllm.errors import (
 )
 from xllm.service.front import Front
 from xllm.service.router.base import Placement
-from xllm.service.snapshot import RequestRecord
+from xllm.service.snapshot import NullObserver, RequestRecord
 from xllm.service.stream import Delta
 from xllm.testing.fake_engine import SampleEngine, sample_card
 from xllm.types import FinishReason
@@ -298,7 +298,8 @@ async def test_bad_requests_never_reach_the_engine(house: House) -> None:
     assert len(await engine.saw(Submit)) == 1
 
 
-async def test_engine_death_ends_its_requests_and_spares_the_others(house: House) -> None:
+async def test_engine_death_without_another_ends_its_requests_and_spares_the_others(house: House) -> None:
+    house.reconfigure(recovery_grace_s=5.0)
     doomed = await house.engine(model="cat", auto=False)
     await house.engine(model="dog", script=say("wuff"))
     cat, dog = await house.submit(model="cat"), await house.submit(model="dog")
@@ -306,9 +307,17 @@ async def test_engine_death_ends_its_requests_and_spares_the_others(house: House
     doomed.step()
     await cat.wait_ready()
     doomed.crash()
+    await turns(lambda: house.front.snapshot().num_waiting == 1)
+    house.clock.advance(4.9)
+    house.front.check_times()
+    assert not cat.ended
+    house.clock.advance(0.2)
+    house.front.check_times()
     deltas, error = await outcome(cat)
     assert len(deltas) == 1
     assert isinstance(error, UnavailableError)
+    assert error.code == "no_healthy_instance"
+    assert error.retry_after_s
     assert text_of(await collect(dog)) == "wuff"
     assert house.front.ready() == (False, "engine_lost")
     with pytest.raises(UnavailableError):
@@ -316,10 +325,13 @@ async def test_engine_death_ends_its_requests_and_spares_the_others(house: House
 
 
 async def test_garbage_from_an_engine_counts_as_its_death(house: House) -> None:
+    house.reconfigure(recovery_grace_s=0.0)
     engine = await house.engine(auto=False)
     stream = await house.submit()
     await engine.saw(Submit)
     engine.send_garbage()
+    await turns(lambda: house.front.snapshot().num_waiting == 1)
+    house.front.check_times()
     _, error = await outcome(stream)
     assert isinstance(error, UnavailableError)
 
@@ -439,7 +451,7 @@ async def test_an_instance_cannot_speak_for_a_request_of_another(house: House) -
 async def test_the_observer_hears_of_output_and_of_one_end(house: House) -> None:
     heard: list[object] = []
 
-    class Observer:
+    class Observer(NullObserver):
         def on_delta(self, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
             heard.append((model, len(delta.token_ids), gap_s, first))
 

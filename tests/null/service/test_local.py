@@ -32,8 +32,8 @@ def config(model: str) -> EngineConfig:
     return EngineConfig(model=ModelConfig(model=model))
 
 
-async def start(*models: str) -> LocalService:
-    return await LocalService.start([config(m) for m in models], FrontConfig(), SystemClock())
+async def start(*models: str, **front: float) -> LocalService:
+    return await LocalService.start([config(m) for m in models], FrontConfig(**front), SystemClock())
 
 
 async def test_an_engine_process_serves_and_ends_in_order() -> None:
@@ -71,7 +71,7 @@ async def test_an_engine_that_never_answers_is_given_up() -> None:
 
 
 async def test_killing_the_process_ends_its_requests_and_readiness(caplog: pytest.LogCaptureFixture) -> None:
-    service = await start("tiny")
+    service = await start("tiny", recovery_grace_s=0.0)
     params = SamplingParams(max_tokens=1000)
     draft = RequestDraft(model="tiny", prompt_token_ids=(70,), params=params)
     stream = await service.front.submit(draft)

@@ -439,12 +439,12 @@ def _initial_choices(spec: RequestSpec) -> list[tuple[int, tuple[int, ...], tupl
     """(choice, draws, emitted) of the sequences a request starts with.
 
     A fresh request starts as one sequence that forks at its first draw; a resumed one, whose
-    choices already differ, starts as n.
+    choices already differ, starts with one for each choice that is still open.
     """
-    if not any(spec.emitted):
+    if not any(spec.emitted) and not spec.ended:
         return [(0, tuple(range(spec.params.n)), ())]
     emitted = (*spec.emitted, *((),) * (spec.params.n - len(spec.emitted)))
-    return [(i, (i,), emitted[i]) for i in range(spec.params.n)]
+    return [(i, (i,), emitted[i]) for i in range(spec.params.n) if i not in spec.ended]
 
 
 def _table(seq: Sequence) -> PageTable:

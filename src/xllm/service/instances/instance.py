@@ -2,16 +2,18 @@
 
 Owns the connection's two tasks. Sending never blocks the caller: the outbox is bounded by the
 requests that the router lets onto the instance (one Submit, one Abort, one commit count per
-choice each). Decides nothing: frames and the loss of the peer are handed to the front.
+choice each). Decides nothing: what arrives and the loss of the peer are handed to the front.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from xllm.errors import UnavailableError
+from xllm.service.instances.about import InstanceAbout, InstanceState
 from xllm.types import EngineSnapshot, ModelCard
 from xllm.wire.codec import WireError
 from xllm.wire.messages import (
@@ -22,43 +24,105 @@ from xllm.wire.messages import (
     Frame,
     Frames,
     FrontMessage,
+    KvDelta,
+    Pulse,
     Stats,
 )
 from xllm.wire.stream import EngineStream
 
 log = logging.getLogger(__name__)
 
+CauseOf = Callable[[], str | Awaitable[str]]
+"""Asked when the instance is suspected or lost: a `failover.blame.DeathCause`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceHooks:
+    """How an instance reaches the front; all run on its loop, `lost` at most once, and none after it.
+
+    `progress`: output of the step thread has come. `heard`: another sign of life.
+    """
+
+    frame: Callable[[Instance, Frame], None]
+    lost: Callable[[Instance], None]
+    progress: Callable[[Instance], None]
+    heard: Callable[[Instance], None]
+    pulse: Callable[[Instance, Pulse], None]
+    kv: Callable[[Instance, KvDelta], None]
+
 
 class Instance:
-    """`alive` goes from True to False once. `requests` is written by the front only."""
+    """`alive` goes from True to False once. The front alone writes the flags, the sets and the counts."""
 
     def __init__(
-        self, stream: EngineStream, card: ModelCard, *, name: str, max_reqs: int | None = None
+        self,
+        stream: EngineStream,
+        card: ModelCard,
+        *,
+        name: str,
+        max_reqs: int | None = None,
+        about: InstanceAbout | None = None,
+        cause_of: CauseOf | None = None,
+        on_hung: Callable[[], None] | None = None,
     ) -> None:
         self.name = name
         self.card = card
         self.max_reqs = max_reqs
+        self.about = about if about is not None else InstanceAbout()
+        self.cause_of = cause_of
+        self.on_hung = on_hung
         self.alive = True
+        self.started = False
+        self.suspect = False
+        self.draining = False
+        self.drain_due_s: float | None = None
         self.snapshot = EngineSnapshot(total_pages=card.num_pages, free_pages=card.num_pages)
         self.requests: set[str] = set()
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self.backlog_tokens = 0
+        self.context_tokens = 0
         self._stream = stream
         self._outbox: list[FrontMessage] = []
         self._commits: dict[tuple[str, int], int] = {}
         self._assets: dict[str, asyncio.Future[bytes | None]] = {}
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._on_frame: Callable[[Instance, Frame], None] = _ignore_frame
-        self._on_lost: Callable[[Instance], None] = _ignore_lost
+        self._hooks: InstanceHooks | None = None
 
-    def start(
-        self, *, on_frame: Callable[[Instance, Frame], None], on_lost: Callable[[Instance], None]
-    ) -> None:
-        """Begin reading and writing. Both callbacks run on the loop; `on_lost` runs at most once."""
-        self._on_frame, self._on_lost = on_frame, on_lost
+    @property
+    def state(self) -> InstanceState:
+        if not self.alive:
+            return "lost"
+        if self.suspect:
+            return "suspect"
+        if self.draining:
+            return "draining"
+        return "ready" if self.started else "starting"
+
+    @property
+    def routable(self) -> bool:
+        return self.alive and self.started and not self.suspect and not self.draining
+
+    def start(self, hooks: InstanceHooks) -> None:
+        """Begin reading and writing."""
+        self._hooks = hooks
         self._tasks = [
             asyncio.create_task(self._read(), name=f"read {self.name}"),
             asyncio.create_task(self._write(), name=f"write {self.name}"),
         ]
+
+    def enter(self, request_id: str) -> None:
+        self.requests.add(request_id)
+        self.idle.clear()
+
+    def leave(self, request_id: str, num_choices: int) -> None:
+        """The request is not here any more; its unsent commits are dropped."""
+        self.requests.discard(request_id)
+        for choice in range(num_choices):
+            self._commits.pop((request_id, choice), None)
+        if not self.requests:
+            self.idle.set()
 
     def post(self, message: FrontMessage) -> None:
         """Send soon, in order. Nothing is queued for a peer that is gone."""
@@ -72,11 +136,6 @@ class Instance:
             self._commits[request_id, choice] = count
             self._wake.set()
 
-    def forget(self, request_id: str, num_choices: int) -> None:
-        """Drop unsent commits of a request that has ended."""
-        for choice in range(num_choices):
-            self._commits.pop((request_id, choice), None)
-
     async def fetch(self, digest: str) -> bytes:
         """The asset's bytes. UnavailableError when the engine lacks it or is lost meanwhile."""
         if digest not in self._assets:
@@ -87,9 +146,13 @@ class Instance:
             raise UnavailableError("the engine does not have a text asset of its model")
         return data
 
+    def abandon(self) -> None:
+        """Treat it as lost from now on, whatever the peer may still send."""
+        self._lose()
+
     async def close(self) -> None:
         """End the connection; the instance counts as lost afterwards, without a callback."""
-        self._on_lost = _ignore_lost
+        self._hooks = None
         self._lose()
         tasks, self._tasks = self._tasks, []
         for task in tasks:
@@ -107,30 +170,42 @@ class Instance:
             if not waiting.done():
                 waiting.set_result(None)
         self._wake.set()
-        self._on_lost(self)
+        if self._hooks is not None:
+            self._hooks.lost(self)
 
     async def _read(self) -> None:
         try:
-            while (message := await self._stream.receive()) is not None:
+            while self.alive and (message := await self._stream.receive()) is not None:
                 self._dispatch(message)
         except WireError:
             log.exception("instance %s broke the wire protocol; closing it", self.name)
         except ConnectionError:
             log.warning("instance %s: connection lost", self.name)
         except Exception:
-            # A bug of ours: without a reader the requests would hang, so they end instead.
+            # A bug of ours: without a reader the requests would hang, so they go elsewhere instead.
             log.exception("instance %s: reading failed; closing it", self.name)
         finally:
             self._lose()
 
     def _dispatch(self, message: EngineMessage) -> None:
+        hooks = self._hooks
+        if hooks is None or not self.alive:
+            return  # a zombie's late words
         if isinstance(message, Frames):
             self.snapshot = message.snapshot
+            hooks.progress(self)
             for frame in message.frames:
-                self._on_frame(self, frame)
+                hooks.frame(self, frame)
+        elif isinstance(message, Pulse):
+            hooks.pulse(self, message)
+        elif isinstance(message, KvDelta):
+            hooks.progress(self)
+            hooks.kv(self, message)
         elif isinstance(message, Stats):
             self.snapshot = message.snapshot
+            hooks.heard(self)
         elif isinstance(message, Asset):
+            hooks.heard(self)
             waiting = self._assets.get(message.digest)
             if waiting is not None and not waiting.done():
                 waiting.set_result(message.data)
@@ -155,11 +230,3 @@ class Instance:
             self._commits.clear()
             outbox.append(Committed(counts=counts))
         return outbox
-
-
-def _ignore_frame(instance: Instance, frame: Frame) -> None:
-    """Until `start`."""
-
-
-def _ignore_lost(instance: Instance) -> None:
-    """Until `start` and after `close`."""

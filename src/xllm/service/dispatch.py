@@ -1,0 +1,261 @@
+"""Who works on which request: placing, taking back, placing again until it has ended.
+
+The mechanism around the pure decisions of `failover` and `router`; all calls on the front's loop. It
+does not watch instances (`guard`) and does not judge output (the journal).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from xllm.clock import Clock
+from xllm.config import FrontConfig
+from xllm.errors import CapacityError, InternalError, UnavailableError, XllmError
+from xllm.service.admission import RETRY_AFTER_S
+from xllm.service.catalogue import Catalogue, no_instance
+from xllm.service.failover.blame import Blame, DeathCause
+from xllm.service.failover.resume import MAX_REFUSALS, ResumeQueue, retry_delay_s
+from xllm.service.instances.instance import Instance
+from xllm.service.live import LiveRequest
+from xllm.service.placer import Placer
+from xllm.service.router.base import Placement
+from xllm.service.snapshot import FrontObserver
+from xllm.service.stream import Delta
+from xllm.service.ticket import Ticket
+from xllm.types import RequestSpec
+from xllm.wire.messages import Abort, Frame, Submit
+
+log = logging.getLogger(__name__)
+decisions = logging.getLogger("xllm.decisions")
+
+
+class Dispatch:
+    """Owns the tickets. Invariant: a ticket is on an instance (and in its `requests`) or in the queue."""
+
+    def __init__(
+        self,
+        config: FrontConfig,
+        clock: Clock,
+        catalogue: Catalogue,
+        placer: Placer,
+        observer: FrontObserver,
+        *,
+        on_draining: Callable[[Instance], None],
+    ) -> None:
+        """`on_draining`: an instance has refused a request because it is about to go."""
+        self.tickets: dict[str, Ticket] = {}
+        self.num_moves: Counter[str] = Counter()
+        self.num_stale_frames = 0
+        self.num_quarantined = 0
+        self.num_nonexact = 0
+        self._config = config
+        self._clock = clock
+        self._catalogue = catalogue
+        self._placer = placer
+        self._observer = observer
+        self._on_draining = on_draining
+        self._queue = ResumeQueue(config.max_resumes)
+        self._blame = Blame()
+        self._next_age = 0
+        self._pumping = False
+
+    @property
+    def num_waiting(self) -> int:
+        return self._queue.num_waiting
+
+    # -- a new request --------------------------------------------------------------------------------
+
+    def choose(self, spec: RequestSpec, candidates: Sequence[Instance]) -> tuple[Instance, Placement]:
+        """Where a new request goes. Raises CapacityError when all of `candidates` are full."""
+        chosen = self._placer.choose(spec, candidates)
+        if chosen is None:
+            message = "all instances of this model are full; try again later"
+            raise CapacityError(message, retry_after_s=RETRY_AFTER_S)
+        return chosen
+
+    def begin(self, live: LiveRequest, instance: Instance, placement: Placement) -> None:
+        """Take on a request that was admitted, and send it."""
+        ticket = Ticket(live, instance.card.model_id, self._next_age)
+        self._next_age += 1
+        self.tickets[live.request_id] = ticket
+        self._place(ticket, instance, placement, live.journal.spec)
+
+    def end(self, live: LiveRequest, *, abort: bool) -> Ticket:
+        """The request has ended; `abort` = its engine may not know."""
+        ticket = self.tickets.pop(live.request_id)
+        instance = ticket.leave()
+        if instance is not None and abort:
+            instance.post(Abort(request_id=live.request_id, attempt=live.journal.attempt))
+        self._queue.drop(live.request_id)
+        self._blame.forget(live.request_id)
+        self.pump()
+        return ticket
+
+    # -- what instances say ---------------------------------------------------------------------------
+
+    def deliver(self, instance: Instance, frame: Frame) -> None:
+        ticket = self.tickets.get(frame.request_id)
+        if ticket is None:
+            return  # it ended here (stop string, abort) before the engine heard of it
+        if ticket.instance is not instance:
+            self.num_stale_frames += 1  # not its business any more, or never was
+            return
+        if frame.error is not None and frame.attempt == ticket.journal.attempt:
+            error = frame.error.to_error()
+            if isinstance(error, CapacityError | UnavailableError):
+                self._refused(ticket, instance, error)
+                return
+        ticket.live.deliver(frame)
+
+    def on_delta(self, ticket: Ticket, delta: Delta, now_s: float) -> None:
+        """Output was committed."""
+        if ticket.answered:
+            ticket.grow(len(delta.token_ids))
+            return
+        ticket.answer(len(delta.token_ids))
+        if ticket.gap_from_s is not None:
+            gap_s, ticket.gap_from_s = now_s - ticket.gap_from_s, None
+            self._observer.on_resumed(ticket.live.request_id, ticket.last_name, gap_s)
+        if self._queue.caught_up(ticket.live.request_id):
+            self.pump()
+
+    def _refused(self, ticket: Ticket, instance: Instance, error: XllmError) -> None:
+        """The instance would not take it. Its client sees that only if nobody will and nothing has begun."""
+        ticket.leave()
+        ticket.avoid = instance
+        ticket.num_refusals += 1
+        ticket.refused_by.add(instance.name)
+        if error.code == "draining":
+            self._on_draining(instance)
+        elif ticket.num_moves == 0:
+            others = [i for i in self._catalogue.routable(ticket.model_id) if i.name not in ticket.refused_by]
+            if not others or ticket.num_refusals > MAX_REFUSALS:
+                ticket.live.fail(error, abort=False)
+                return
+        not_before_s = self._clock.monotonic_s() + retry_delay_s(ticket.num_refusals - 1)
+        self._queue.wait(ticket.live.request_id, ticket.age, not_before_s=not_before_s)
+        self.pump()
+
+    # -- moving ---------------------------------------------------------------------------------------
+
+    def evict(self, instance: Instance, cause: str, *, hold: bool = False) -> tuple[str, ...]:
+        """Take all requests off the instance, oldest first; with `hold` they wait for a verdict."""
+        evicted = sorted((self.tickets[rid] for rid in instance.requests), key=lambda t: t.age)
+        for ticket in evicted:
+            request_id = ticket.live.request_id
+            ticket.leave()
+            instance.post(Abort(request_id=request_id, attempt=ticket.journal.attempt))
+            ticket.avoid = instance
+            ticket.num_moves += 1
+            ticket.moved_from, ticket.moved_cause = instance.name, cause
+            if ticket.gap_from_s is None:
+                ticket.gap_from_s = ticket.last_s
+            self.num_moves[cause] += 1
+            self._queue.wait(request_id, ticket.age, not_before_s=math.inf if hold else 0.0)
+        if not hold:
+            self.pump()
+        return tuple(t.live.request_id for t in evicted)
+
+    def judge(self, request_ids: Sequence[str], cause: DeathCause | None) -> None:
+        """Let held requests go on, but for those that the death convicts. None = nobody is to blame."""
+        for request_id in request_ids:
+            ticket = self.tickets.get(request_id)
+            if ticket is None or ticket.instance is not None:
+                continue
+            if cause is not None and self._blame.death(request_id, ticket.journal.num_committed, cause):
+                self.num_quarantined += 1
+                log.error("request %s is quarantined: engines die of it", request_id)
+                message = "engines failed repeatedly while they worked on this request"
+                ticket.live.fail(InternalError(message, code="request_quarantined"), abort=False)
+            else:
+                self._queue.wait(request_id, ticket.age)
+        self.pump()
+
+    def pump(self) -> None:
+        """Place whoever waits and can go somewhere."""
+        if self._pumping or not self._queue.num_waiting:
+            return
+        self._pumping = True
+        try:
+            for request_id in self._queue.due(self._clock.monotonic_s()):
+                if self._queue.is_waiting(request_id):
+                    self._try(self.tickets[request_id])
+        finally:
+            self._pumping = False
+
+    def expire(self) -> None:
+        """End those that have had no instance to go to for too long."""
+        for request_id in self._queue.expired(self._clock.monotonic_s(), self._config.recovery_grace_s):
+            self.tickets[request_id].live.fail(no_instance(), abort=False)
+
+    def _try(self, ticket: Ticket) -> None:
+        request_id, journal = ticket.live.request_id, ticket.journal
+        candidates = self._catalogue.routable(ticket.model_id)
+        self._queue.alone(request_id, self._clock.monotonic_s(), alone=not candidates)
+        at_risk = self._blame.at_risk(request_id, journal.num_committed)
+        open_ = [i for i in _preferred(ticket, candidates) if self._queue.has_room(i.name, at_risk=at_risk)]
+        if not open_:
+            return
+        try:
+            chosen = self._placer.choose(
+                journal.spec, open_, num_emitted=journal.num_committed, attempt=journal.attempt + 1
+            )
+        except Exception:
+            # A policy's bug, or a user's policy: it costs this request, never the others that wait.
+            log.exception("request %s: the router failed", request_id)
+            ticket.live.fail(InternalError("the router failed on this request"), abort=False)
+            return
+        if chosen is None:
+            return
+        instance, placement = chosen
+        self._queue.took_over(request_id, instance.name, at_risk=at_risk)
+        self._note_class(ticket, instance)
+        self._place(ticket, instance, placement, ticket.live.begin_attempt())
+
+    def _note_class(self, ticket: Ticket, instance: Instance) -> None:
+        """Tokens of another class, or of one that promises nothing, may go on differently: say so."""
+        card = instance.card
+        same = card.numerics_class == ticket.numerics_class and card.deterministic
+        if ticket.journal.num_committed > 0 and not same:
+            ticket.nonexact = True
+            self.num_nonexact += 1
+            log.warning(
+                "request %s resumes on %s, whose numerics differ: an undisturbed run might differ",
+                ticket.live.request_id,
+                instance.name,
+            )
+
+    def _place(self, ticket: Ticket, instance: Instance, placement: Placement, spec: RequestSpec) -> None:
+        now_s = self._clock.monotonic_s()
+        ticket.enter(instance)
+        ticket.numerics_class = instance.card.numerics_class
+        instance.post(Submit(spec=spec))
+        self._observer.on_placed(spec.request_id, placement, spec.attempt)
+        if ticket.moved_from:
+            source, ticket.moved_from = ticket.moved_from, ""
+            gap_s = now_s - ticket.last_s
+            decisions.info(
+                "move request=%s from=%s to=%s attempt=%d cause=%s gap_ms=%.0f recompute_tokens=%d",
+                spec.request_id,
+                source,
+                instance.name,
+                spec.attempt,
+                ticket.moved_cause,
+                gap_s * 1000,
+                ticket.num_tokens,
+            )
+            self._observer.on_moved(
+                spec.request_id, source, instance.name, ticket.moved_cause, gap_s, ticket.num_tokens
+            )
+
+
+def _preferred(ticket: Ticket, candidates: Sequence[Instance]) -> Sequence[Instance]:
+    """Those that continue bit for bit, if any; of these, those that it does not come from, if any."""
+    pool = candidates
+    if ticket.journal.num_committed > 0:
+        pool = [i for i in pool if i.card.numerics_class == ticket.numerics_class] or pool
+    fresh = [i for i in pool if i.name not in ticket.refused_by and i is not ticket.avoid]
+    return fresh or [i for i in pool if i is not ticket.avoid] or pool

@@ -1,0 +1,50 @@
+"""Which request kills engines: deaths are counted against the requests that were on them.
+
+A request that kills twice without a token in between is quarantined; one that got on since its last
+death is cleared, so that kills from outside never add up to a verdict on an innocent. Pure.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+DeathCause = Literal["crash", "killed", "hang", "stopped", "unknown"]
+"""crash: by its own doing (signal or exit code); killed: SIGKILL or SIGTERM from outside; hang: no
+progress of a running process; stopped: by SIGSTOP; unknown: end of a remote connection."""
+
+_WEIGHT: dict[DeathCause, float] = {"crash": 1.0, "hang": 1.0, "killed": 0.5, "stopped": 0.5, "unknown": 0.5}
+
+QUARANTINE_AT = 2.0
+
+
+def known_cause(word: object) -> DeathCause:
+    """The cause by that name; anything else is unknown."""
+    return next((cause for cause in get_args(DeathCause) if cause == word), "unknown")
+
+
+class Blame:
+    """Scores of requests that have seen a death. Whoever ends a request must `forget` it."""
+
+    def __init__(self) -> None:
+        self._scores: dict[str, tuple[int, float]] = {}
+
+    def death(self, request_id: str, num_committed: int, cause: DeathCause) -> bool:
+        """Count a death of the request's engine; True = quarantine it now."""
+        committed, score = self._scores.get(request_id, (num_committed, 0.0))
+        score = _WEIGHT[cause] + (score if committed == num_committed else 0.0)
+        self._scores[request_id] = (num_committed, score)
+        return score >= QUARANTINE_AT
+
+    def at_risk(self, request_id: str, num_committed: int) -> bool:
+        """One more crash would quarantine it: no two such requests may be tried on one engine at once.
+
+        Else the guilty one would take the others with it, which have had no time for a token.
+        """
+        committed, score = self._scores.get(request_id, (num_committed, 0.0))
+        return committed == num_committed and score >= QUARANTINE_AT - _WEIGHT["crash"]
+
+    def forget(self, request_id: str) -> None:
+        self._scores.pop(request_id, None)
+
+    def __len__(self) -> int:
+        return len(self._scores)
