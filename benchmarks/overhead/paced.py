@@ -15,9 +15,9 @@ import msgspec
 
 from xllm.clock import SystemClock
 from xllm.config import SchedulerConfig
-from xllm.engine.connection import Connection
 from xllm.engine.core import EngineCore
 from xllm.engine.executor import InProcExecutor
+from xllm.engine.hub import Hub
 from xllm.engine.loop import EngineLoop
 from xllm.engine.memory.manager import PageManager
 from xllm.engine.plan import ChoiceTokens, SampledToken, SequencePlan, SequenceResult, StepPlan, StepResult
@@ -81,16 +81,19 @@ def main() -> int:
     parser.add_argument("--log-level")
     args = parser.parse_args()
     core, assets = paced_core(args.step_ms / 1000)
-    connection = Connection(socket.socket(fileno=args.fd))
-    connection.send(Hello(incarnation="paced"))
-    hello, start = connection.inbox.get(), connection.inbox.get()
+    hub = Hub(core.progress, SystemClock())
+    session = hub.adopt(socket.socket(fileno=args.fd))
+    hub.start()
+    session.send(Hello(incarnation="paced"))
+    (_, hello), (_, start) = hub.inbox.get(), hub.inbox.get()
     if not isinstance(hello, Hello) or not isinstance(start, Start):
         return 1
-    connection.send(Ready(card=core.card, pid=0))
+    ready = Ready(card=core.card, pid=0)
+    session.send(ready)
     try:
-        EngineLoop(core, assets, connection.inbox, connection.send).run()
+        EngineLoop(core, assets, hub.inbox, ready, parent=session).run()
     finally:
-        connection.close()
+        hub.close()
     return 0
 
 

@@ -228,3 +228,7 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     cost: tuple[float, ...] = ()
     cost_error: float = 0.0
     draining: bool = False
+    num_dropped_peers: int = 0
+    """Connections that were refused or cut off: no hand-shake, garbage, too slow."""
+    num_skipped_messages: int = 0
+    """Messages of a newer version that were not understood."""

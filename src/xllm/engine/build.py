@@ -7,26 +7,30 @@ line with its reason.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
 from xllm.arch import ArchConfig
 from xllm.artifacts.resolve import resolve, resolve_assets
 from xllm.artifacts.source import ModelSource
-from xllm.clock import Clock
+from xllm.clock import Clock, SystemClock
 from xllm.config import EngineConfig
 from xllm.engine.core import EngineCore
 from xllm.engine.executor import InProcExecutor
 from xllm.engine.memory.manager import PageManager
 from xllm.engine.platform.base import Runner
+from xllm.engine.platform.host import bind_to_cpus
 from xllm.engine.platform.registry import select_platform
+from xllm.engine.progress import StepProgress
 from xllm.engine.sampling import Sampler, load_processors
 from xllm.engine.scheduler.order import create_order
 from xllm.engine.scheduler.scheduler import Scheduler
 from xllm.errors import ConfigError
 from xllm.types import ModelCard
+from xllm.wire.messages import Ready
 
 Progress = Callable[[str, float], None]
 """(stage that just ended, seconds it took)."""
@@ -94,13 +98,42 @@ def build_engine(
         eos_token_ids=card.eos_token_ids,
     )
     executor = InProcExecutor(runner)
-    core = EngineCore(card, scheduler, memory, executor, clock, lambda: runner.program_counters)
+    core = EngineCore(
+        card,
+        scheduler,
+        memory,
+        executor,
+        clock,
+        lambda: runner.program_counters,
+        progress=StepProgress(lambda: runner.finished_layers),
+    )
     return BuiltEngine(
         core=core,
         runner=runner,
         memory=memory,
         assets={_digest(data): data for data in assets.values()},
         report=(*reasons, why_len, *built.report),
+    )
+
+
+def build_here(
+    config: EngineConfig, progress: Progress, on_assets: OnAssets = lambda assets: None
+) -> BuiltEngine:
+    """`build_engine` for a process that is to be this engine and nothing else."""
+    # First: whatever is started and counted from here on knows these CPUs only.
+    bound = bind_to_cpus(config.platform.cpus)
+    engine = build_engine(config, SystemClock(), progress, on_assets)
+    return engine if bound is None else replace(engine, report=(bound, *engine.report))
+
+
+def ready_of(engine: BuiltEngine, config: EngineConfig) -> Ready:
+    """What a front is told of a loaded engine."""
+    scheduler = config.scheduler
+    return Ready(
+        card=engine.core.card,
+        pid=os.getpid(),
+        report=engine.report,
+        max_reqs=scheduler.max_num_seqs + scheduler.max_num_queued_reqs,
     )
 
 

@@ -1,6 +1,6 @@
 """EngineCore: one engine step is plan → execute → absorb, on one screen.
 
-Charter: policy lives in `scheduler` and `memory`, maths behind `executor`, transport in `process`.
+Charter: policy lives in `scheduler` and `memory`, maths behind `executor`, transport in `hub`.
 Only what every step of every model needs may live here.
 """
 
@@ -14,15 +14,20 @@ from xllm.clock import Clock
 from xllm.engine.executor.base import Executor
 from xllm.engine.kernels.programs import ProgramCounters
 from xllm.engine.memory.manager import PageManager
+from xllm.engine.memory.news import PageChanges
+from xllm.engine.progress import Fitter, Pace, StepProgress, shape_of
 from xllm.engine.scheduler.scheduler import Scheduler
 from xllm.errors import UnavailableError
 from xllm.limits import validate_spec
 from xllm.types import EngineSnapshot, ModelCard, RequestSpec
 from xllm.wire.messages import Frame
 
+Outputs = dict[int, list[Frame]]
+"""Frames in the order they came due, by the owner of the request."""
+
 
 class EngineCore:
-    """Owned by exactly one thread: the step thread."""
+    """Owned by exactly one thread: the step thread. `progress` may be read by any."""
 
     def __init__(
         self,
@@ -32,61 +37,104 @@ class EngineCore:
         executor: Executor,
         clock: Clock,
         program_counters: Callable[[], ProgramCounters | None] = lambda: None,
+        fitter: Fitter | None = None,
+        progress: StepProgress | None = None,
     ) -> None:
         self.card = card
         self.scheduler = scheduler
+        self.clock = clock
+        self.progress = progress or StepProgress()
         self._memory = memory
         self._executor = executor
-        self._clock = clock
         self._program_counters = program_counters
+        self._pace = Pace(fitter)
         self._last_step_ms = 0.0
         self._draining = False
 
-    def submit(self, spec: RequestSpec) -> None:
+    def submit(self, spec: RequestSpec, owner: int = 0) -> None:
         """Accept a request or raise an XllmError; checked again here, since a front is only a peer."""
         if self._draining:
             raise UnavailableError("this engine is draining", code="draining", retry_after_s=1.0)
         validate_spec(spec, self.card)
-        self.scheduler.submit(spec, self._clock.monotonic_s())
+        self.scheduler.submit(spec, self.clock.monotonic_s(), owner)
 
-    def abort(self, request_id: str) -> None:
-        self.scheduler.abort(request_id)
+    def abort(self, request_id: str, owner: int = 0) -> None:
+        self.scheduler.abort(request_id, owner)
 
-    def step(self) -> tuple[bool, tuple[Frame, ...]]:
-        """Run one step if anything can run: (did it, the frames that came due, terminal ones included)."""
-        plan = self.scheduler.plan(self._clock.monotonic_s())
+    def advance(self) -> bool:
+        """Run one step if anything can run; whether it did. What came due waits in `take_outputs`."""
+        now_s = self.clock.monotonic_s()
+        self.progress.begin(now_s)
+        plan = self.scheduler.plan(now_s)
         if plan is not None:
+            shape = shape_of(plan)
+            self.progress.predicted_ms = self._pace.predict_ms(shape)
             result = self._executor.execute(plan)
             self._last_step_ms = result.elapsed_ms
+            self._pace.observe(shape, result.elapsed_ms)
             self.scheduler.absorb(plan, result)
         if not self.scheduler.has_requests:
             self._memory.check_idle()
-        return plan is not None, self.scheduler.take_frames()
+        return plan is not None
+
+    def take_outputs(self) -> Outputs:
+        """Frames since the last call, terminal ones included."""
+        return self.scheduler.take_outputs()
+
+    def step(self) -> tuple[bool, tuple[Frame, ...]]:
+        """`advance`, and all that came due whoever owns it; for callers with one front."""
+        return self.advance(), self.scheduler.take_frames()
 
     @property
     def has_requests(self) -> bool:
         return self.scheduler.has_requests
 
+    @property
+    def has_prefix_cache(self) -> bool:
+        return self._memory.news is not None
+
+    @property
+    def has_page_news(self) -> bool:
+        return bool(self._memory.news)
+
+    def take_page_changes(self) -> PageChanges:
+        """Names of cached pages that came and went since the last call."""
+        news = self._memory.news
+        return PageChanges() if news is None else news.take()
+
+    def page_names(self) -> tuple[bytes, ...]:
+        """Names of all cached pages."""
+        return self._memory.names()
+
     def drain(self) -> None:
         """Accept nothing new; what runs goes on."""
         self._draining = True
 
-    def abort_all(self) -> None:
-        """End every request, one terminal event each."""
-        for request_id in self.scheduler.request_ids():
-            self.scheduler.abort(request_id)
+    def abort_all(self, owner: int | None = None) -> int:
+        """End every request, or every one of an owner, with one terminal event each; how many."""
+        return self.scheduler.abort_all(owner)
 
-    def snapshot(self) -> EngineSnapshot:
-        snapshot = msgspec.structs.replace(self.scheduler.snapshot(), last_step_ms=self._last_step_ms)
+    def snapshot(self, **more: int) -> EngineSnapshot:
+        """`more` are fields that others count."""
         programs = self._program_counters()
-        if programs is None:
-            return snapshot
+        counted = (
+            {}
+            if programs is None
+            else {
+                "program_captures": programs.captures,
+                "program_replays": programs.replays,
+                "num_eager_steps": programs.eager,
+                "program_arena_bytes": programs.arena_bytes,
+            }
+        )
         return msgspec.structs.replace(
-            snapshot,
-            program_captures=programs.captures,
-            program_replays=programs.replays,
-            num_eager_steps=programs.eager,
-            program_arena_bytes=programs.arena_bytes,
+            self.scheduler.snapshot(),
+            last_step_ms=self._last_step_ms,
+            cost=self._pace.coefficients,
+            cost_error=self._pace.error,
+            draining=self._draining,
+            **counted,
+            **more,
         )
 
     def close(self) -> None:

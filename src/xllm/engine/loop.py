@@ -1,28 +1,34 @@
-"""The step thread's loop: messages in, steps, frames out. The same over a socket or in memory.
+"""The step thread's loop: messages in, steps, frames out. The same for one front or many, over sockets or
+in memory.
 
-One owner of the core. Every error of one request becomes that request's terminal frame; only a lost
-front or a lost device ends the loop.
+One owner of the core. Every error of one request becomes that request's terminal frame; a lost front
+ends its requests, and only a stop, a drain or a lost device ends the loop.
 """
 
 from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 
-from xllm.engine.core import EngineCore
-from xllm.errors import ErrorInfo, XllmError
-from xllm.types import FinishReason
+from xllm.engine.core import EngineCore, Outputs
+from xllm.engine.kv_news import KvTeller
+from xllm.engine.link import LinkCounters
+from xllm.engine.port import Inbox, Port
+from xllm.errors import ErrorInfo, UnavailableError, XllmError
+from xllm.types import EngineSnapshot, FinishReason
 from xllm.wire.messages import (
     Abort,
     Asset,
     AssetRequest,
+    Attach,
     Committed,
     Drain,
-    EngineMessage,
     Frame,
     Frames,
     FrontMessage,
+    KvSync,
+    Ready,
     Stats,
     Submit,
 )
@@ -31,94 +37,210 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 """An idle engine says so this often; a silent one is suspect."""
+STATS_S = 0.25
+"""A busy one tells those fronts that get no frames of it."""
 
 
 class EngineLoop:
+    """`snapshot` is the last one told; any thread may read it."""
+
     def __init__(
         self,
         core: EngineCore,
         assets: Mapping[str, bytes],
-        inbox: queue.SimpleQueue[FrontMessage | None],
-        send: Callable[[EngineMessage], None],
+        inbox: Inbox,
+        ready: Ready,
+        *,
+        parent: Port | None = None,
+        grace_s: float = 30.0,
+        counters: LinkCounters | None = None,
     ) -> None:
-        """`assets` maps digest → bytes."""
+        """`assets` maps digest → bytes. `parent` is the front that started this engine, if one did: it has
+        the engine already, and the loop ends with it."""
         self._core = core
         self._assets = assets
         self._inbox = inbox
-        self._send = send
-        self._refused: list[Frame] = []
-        self._draining = False
+        self._ready = ready
+        self._parent = parent
+        self._grace_s = grace_s
+        self._counters = counters or LinkCounters()
+        self._fronts: dict[int, Port] = {}
+        self._leaving: set[int] = set()
+        self._refused: Outputs = {}
+        self._kv = KvTeller(core)
+        self._drain_end_s: float | None = None
+        self._stopped = False
+        self._stats_s = 0.0
+        self.snapshot: EngineSnapshot = core.snapshot()
+        if parent is not None:
+            self._welcome(parent)
 
     def run(self) -> None:
-        """Until the front is gone, or drained and idle. Every accepted request has ended then."""
+        """Until stopped, drained, or the parent is gone. Every accepted request has ended then."""
         ran = False
         while self._take_messages(may_wait=not ran):
-            ran, frames = self._core.step()
-            frames = (*self._refused, *frames)
-            self._refused = []
-            if frames:
-                self._send(Frames(frames=frames, snapshot=self._core.snapshot()))
-            if self._draining and not self._core.has_requests:
-                return
+            ran = self._core.advance()
+            self._send_outputs()
+            self._kv.tell(may_wait=ran)
+            if self._leaving:
+                self._let_go()
+            if self._drain_end_s is not None and self._is_drained(self._drain_end_s):
+                break
         self._core.abort_all()
-        self._core.step()
+        self._core.advance()
+
+    # -- in -----------------------------------------------------------------------------------
 
     def _take_messages(self, may_wait: bool) -> bool:
-        """Handle what has arrived, waiting for the first if nothing could run; False = front gone.
+        """Handle what has arrived, waiting for the first if nothing could run; False = end.
 
-        Requests may be alive and yet nothing can run: all wait for the front's commit log.
+        Requests may be alive and yet nothing can run: all wait for their front's commit log.
         """
+        inbox = self._inbox
         while True:
+            if may_wait:
+                self._core.progress.busy = False
             try:
-                message = self._inbox.get(block=may_wait, timeout=HEARTBEAT_S)
+                port, message = inbox.get(block=may_wait, timeout=HEARTBEAT_S)
             except queue.Empty:
                 if not may_wait:
                     return True
-                self._send(Stats(snapshot=self._core.snapshot()))
+                self._tell_all(self._fronts.values())
+                if self._drain_end_s is not None:
+                    return True
                 continue
-            if message is None:
+            if port is None:
+                self._from_within(message)
+            elif message is None:
+                self._lose(port)
+            else:
+                self._handle(port, message)
+                port.took()
+            if self._stopped:
                 return False
-            self._handle(message)
             may_wait = False
 
-    def _handle(self, message: FrontMessage) -> None:
+    def _from_within(self, message: FrontMessage | None) -> None:
+        if isinstance(message, Drain):
+            self._drain()
+        else:
+            self._stopped = True
+
+    def _handle(self, port: Port, message: FrontMessage) -> None:
         match message:
             case Submit():
-                self._submit(message)
+                self._submit(port, message)
             case Abort(request_id=request_id):
-                self._core.abort(request_id)
+                self._core.abort(request_id, port.number)
             case Committed(counts=counts):
                 for request_id, choice, num_tokens in counts:
-                    self._core.scheduler.committed(request_id, choice, num_tokens)
+                    self._core.scheduler.committed(request_id, choice, num_tokens, port.number)
             case AssetRequest(digest=digest):
-                self._send(Asset(digest=digest, data=self._assets.get(digest)))
+                port.send(Asset(digest=digest, data=self._assets.get(digest)))
+            case KvSync():
+                self._kv.start_over(port)
+            case Attach():
+                if port.number not in self._fronts:
+                    port.send(self._ready)
+                    self._welcome(port)
+                    port.send(Stats(snapshot=self._look()))
             case Drain():
-                self._draining = True
-                self._core.drain()
+                if port is self._parent:
+                    self._drain()
+                else:
+                    self._leaving.add(port.number)
             case _:
                 return  # a Hello or Start after the hand-shake says nothing new
 
-    def _submit(self, message: Submit) -> None:
+    def _welcome(self, port: Port) -> None:
+        self._fronts[port.number] = port
+        port.pulsing = port.version >= 2
+        self._kv.add(port)
+
+    def _lose(self, port: Port) -> None:
+        self._fronts.pop(port.number, None)
+        self._leaving.discard(port.number)
+        self._kv.remove(port)
+        num_aborted = self._core.abort_all(port.number)
+        if num_aborted:
+            log.info("a front is gone; %d requests of it were aborted", num_aborted)
+        if port is self._parent:
+            self._stopped = True
+
+    def _submit(self, port: Port, message: Submit) -> None:
         spec = message.spec
         try:
-            self._core.submit(spec)
+            if port.number in self._leaving:
+                raise UnavailableError("this connection is draining", code="draining", retry_after_s=1.0)
+            self._core.submit(spec, port.number)
         except XllmError as error:
-            self._refuse(message, error.info())
+            self._refuse(port, message, error.info())
         except Exception:
             # A request that trips a bug of ours must not take the engine with it.
             log.exception("a request could not be taken")
-            self._refuse(message, _REFUSED)
+            self._refuse(port, message, _REFUSED)
 
-    def _refuse(self, message: Submit, info: ErrorInfo) -> None:
-        self._refused.append(
-            Frame(
-                request_id=message.spec.request_id,
-                attempt=message.spec.attempt,
-                finish_reason=FinishReason.ERROR,
-                error=info,
-                last=True,
-            )
+    def _refuse(self, port: Port, message: Submit, info: ErrorInfo) -> None:
+        frame = Frame(
+            request_id=message.spec.request_id,
+            attempt=message.spec.attempt,
+            finish_reason=FinishReason.ERROR,
+            error=info,
+            last=True,
         )
+        self._refused.setdefault(port.number, []).append(frame)
+
+    # -- out ----------------------------------------------------------------------------------
+
+    def _send_outputs(self) -> None:
+        outputs = self._core.take_outputs()
+        if self._refused:
+            for owner, frames in self._refused.items():
+                outputs[owner] = [*frames, *outputs.get(owner, ())]
+            self._refused = {}
+        if outputs:
+            snapshot = self._look()
+            for owner, frames in outputs.items():
+                port = self._fronts.get(owner)
+                if port is not None:
+                    port.send(Frames(frames=tuple(frames), snapshot=snapshot))
+        if len(outputs) < len(self._fronts):
+            now_s = self._core.progress.since_s
+            if now_s >= self._stats_s:
+                self._stats_s = now_s + STATS_S
+                self._tell_all([p for number, p in self._fronts.items() if number not in outputs])
+
+    def _tell_all(self, ports: Iterable[Port]) -> None:
+        stats = Stats(snapshot=self._look())
+        for port in ports:
+            port.send(stats)
+
+    def _look(self) -> EngineSnapshot:
+        counters = self._counters
+        self.snapshot = self._core.snapshot(
+            num_dropped_peers=counters.num_dropped, num_skipped_messages=counters.num_skipped
+        )
+        return self.snapshot
+
+    # -- ends ---------------------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        """Accept nothing new. Fronts are told at once, so that they look for other places."""
+        if self._drain_end_s is None:
+            self._drain_end_s = self._core.clock.monotonic_s() + self._grace_s
+            self._core.drain()
+            self._tell_all(self._fronts.values())
+
+    def _is_drained(self, end_s: float) -> bool:
+        """What has not ended in time is left to the fronts, which go on with it elsewhere."""
+        return not self._core.has_requests or self._core.clock.monotonic_s() >= end_s
+
+    def _let_go(self) -> None:
+        """Close the connections of fronts that asked for it and have nothing running any more."""
+        for number in tuple(self._leaving):
+            if not self._core.scheduler.has_requests_of(number):
+                self._leaving.discard(number)
+                self._fronts[number].end()
 
 
 _REFUSED = ErrorInfo(

@@ -14,22 +14,21 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 
 from xllm.clock import SystemClock
-from xllm.engine.build import BuiltEngine, build_engine
-from xllm.engine.connection import Connection
+from xllm.engine.build import BuiltEngine, build_here, ready_of
+from xllm.engine.hub import Hub
 from xllm.engine.loop import EngineLoop
-from xllm.engine.platform.host import bind_to_cpus
+from xllm.engine.session import Session
 from xllm.errors import ErrorInfo, XllmError
 from xllm.heap import settle
 from xllm.ids import new_request_id
-from xllm.wire.messages import WIRE_VERSION, Hello, Progress, Ready, Start, StartFailed
+from xllm.wire.hello import INSTANCE, NEWEST_VERSION, OLDEST_VERSION
+from xllm.wire.messages import WIRE_VERSION, Hello, Progress, Start, StartFailed
 
 log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
-_OLDEST_VERSION = WIRE_VERSION - 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,57 +42,57 @@ def main(argv: list[str] | None = None) -> int:
     # Ctrl-C goes to the whole process group; the front decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    connection = Connection(socket.socket(fileno=args.fd))
+    hub = Hub(None, SystemClock())
+    session = hub.adopt(socket.socket(fileno=args.fd))
+    hub.start()
     try:
-        return _serve(connection)
+        return _serve(hub, session)
     finally:
-        connection.close()
+        hub.close()
 
 
-def _serve(connection: Connection) -> int:
-    connection.send(Hello(incarnation=new_request_id()))
-    hello, start = connection.inbox.get(), connection.inbox.get()
+def _serve(hub: Hub, session: Session) -> int:
+    session.send(Hello(incarnation=new_request_id(), role=INSTANCE))
+    (_, hello), (_, start) = hub.inbox.get(), hub.inbox.get()
     if not isinstance(hello, Hello) or not isinstance(start, Start):
         return 1
-    if not _OLDEST_VERSION <= hello.version <= WIRE_VERSION + 1:
-        _refuse(
-            connection, f"wire version {hello.version} is not understood; this engine speaks {WIRE_VERSION}"
-        )
+    if not OLDEST_VERSION <= hello.version <= NEWEST_VERSION:
+        _refuse(session, f"wire version {hello.version} is not understood; this engine speaks {WIRE_VERSION}")
         return 1
-    engine = _build(connection, start)
+    session.version = min(hello.version, WIRE_VERSION)
+    engine = _build(session, start)
     if engine is None:
         return 1
     settle()
-    connection.send(Ready(card=engine.core.card, pid=os.getpid(), report=engine.report))
+    ready = ready_of(engine, start.config)
+    session.send(ready)
+    hub.tell_progress(engine.core.progress)
     try:
-        EngineLoop(engine.core, engine.assets, connection.inbox, connection.send).run()
+        EngineLoop(engine.core, engine.assets, hub.inbox, ready, parent=session, counters=hub.counters).run()
     finally:
         engine.core.close()
     return 0
 
 
-def _build(connection: Connection, start: Start) -> BuiltEngine | None:
+def _build(session: Session, start: Start) -> BuiltEngine | None:
     def progress(stage: str, elapsed_s: float) -> None:
-        connection.send(Progress(stage=stage, elapsed_s=elapsed_s))
+        session.send(Progress(stage=stage, elapsed_s=elapsed_s))
 
     def early(assets: Mapping[str, bytes]) -> None:
-        connection.send(Progress(stage="text assets made", assets=dict(assets)))
+        session.send(Progress(stage="text assets made", assets=dict(assets)))
 
     try:
-        # First: whatever is started and counted from here on knows these CPUs only.
-        bound = bind_to_cpus(start.config.platform.cpus)
-        engine = build_engine(start.config, SystemClock(), progress, early)
-        return engine if bound is None else replace(engine, report=(bound, *engine.report))
+        return build_here(start.config, progress, early)
     except XllmError as error:
-        connection.send(StartFailed(error=error.info()))
+        session.send(StartFailed(error=error.info()))
     except Exception:
         log.exception("the engine could not start")
-        _refuse(connection, "the engine could not start; its log says why")
+        _refuse(session, "the engine could not start; its log says why")
     return None
 
 
-def _refuse(connection: Connection, message: str) -> None:
-    connection.send(StartFailed(error=ErrorInfo(kind="ConfigError", code="start_failed", message=message)))
+def _refuse(session: Session, message: str) -> None:
+    session.send(StartFailed(error=ErrorInfo(kind="ConfigError", code="start_failed", message=message)))
 
 
 def _die_with_parent() -> None:

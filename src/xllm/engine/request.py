@@ -42,6 +42,10 @@ class Sequence:
     num_streamed: int = 0
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
+    load_rows: int = 0
+    """What `scheduler.load` has counted for this sequence: rows to catch up with, or else …"""
+    load_context: int = 0
+    """… the tokens it stands on when it draws in every step."""
 
     @property
     def num_output(self) -> int:
@@ -60,21 +64,34 @@ class Sequence:
 
 @dataclass(slots=True)
 class Request:
-    """A submitted request and its sequences. `arrival` orders requests of equal rank."""
+    """A submitted request and its sequences. `arrival` orders requests of equal rank.
+
+    `owner` is the number of the session that submitted it; ids are unique within one only.
+    """
 
     spec: RequestSpec
     arrival: int
     arrived_s: float
     root: bytes
     prompt: tuple[int, ...]
+    owner: int = 0
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs_sent: bool = False
     token_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     num_cached: int | None = None
     """Prompt tokens found in the prefix cache at first admission; None = not yet admitted."""
+    admitted_s: float = 0.0
     queue_ms: float = 0.0
+    prefill_ms: float = 0.0
+    """From admission to the first drawn token; 0 until then."""
+    num_preemptions: int = 0
     ended: bool = False
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """What it is known by inside the engine."""
+        return self.owner, self.spec.request_id
 
     @property
     def params(self) -> SamplingParams:

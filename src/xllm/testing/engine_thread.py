@@ -8,12 +8,30 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from xllm.engine.core import EngineCore
 from xllm.engine.loop import EngineLoop
+from xllm.engine.port import Inbox
 from xllm.wire.codec import HEADER, decode_engine, decode_front, encode
-from xllm.wire.messages import EngineMessage, FrontMessage, Hello, Ready, Start
+from xllm.wire.messages import WIRE_VERSION, Attach, EngineMessage, FrontMessage, Hello, Ready, Start
+
+
+class _ThreadPort:
+    """The step thread's end of the stream."""
+
+    number = 0
+    version = WIRE_VERSION
+    pulsing = False
+
+    def __init__(self, deliver: Callable[[EngineMessage | None], None]) -> None:
+        self.send = deliver
+
+    def took(self) -> None:
+        return
+
+    def end(self) -> None:
+        self.send(None)
 
 
 class ThreadedEngineStream:
@@ -24,10 +42,12 @@ class ThreadedEngineStream:
 
     def __init__(self, core: EngineCore, assets: Mapping[str, bytes]) -> None:
         self.core = core
-        self._inbox: queue.SimpleQueue[FrontMessage | None] = queue.SimpleQueue()
+        self._inbox: Inbox = queue.SimpleQueue()
         self._out: asyncio.Queue[EngineMessage | None] = asyncio.Queue()
         self._event_loop = asyncio.get_running_loop()
-        self._loop = EngineLoop(core, assets, self._inbox, self._deliver)
+        self._port = _ThreadPort(self._deliver)
+        self._ready = Ready(card=core.card, pid=0)
+        self._loop = EngineLoop(core, assets, self._inbox, self._ready, parent=self._port)
         self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
         self._closed = False
 
@@ -38,11 +58,11 @@ class ThreadedEngineStream:
         match message:
             case Hello():
                 self._deliver(Hello(incarnation="thread"))
-            case Start():
-                self._deliver(Ready(card=self.core.card, pid=0))
+            case Start() | Attach():
+                self._deliver(self._ready)
                 self._thread.start()
             case _:
-                self._inbox.put(message)
+                self._inbox.put((self._port, message))
 
     async def receive(self) -> EngineMessage | None:
         return None if self._closed else await self._out.get()
@@ -51,7 +71,7 @@ class ThreadedEngineStream:
         if self._closed:
             return
         self._closed = True
-        self._inbox.put(None)
+        self._inbox.put((self._port, None))
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join, 10.0)
         self._out.put_nowait(None)

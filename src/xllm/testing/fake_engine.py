@@ -20,6 +20,7 @@ from xllm.wire.messages import (
     Abort,
     Asset,
     AssetRequest,
+    Attach,
     Committed,
     Drain,
     Frame,
@@ -164,7 +165,7 @@ class SampleEngine:
         match message:
             case Hello():
                 self._end.send(Hello(incarnation="sample"))
-            case Start():
+            case Start() | Attach():
                 self._end.send(Ready(card=self.card, pid=0))
             case AssetRequest(digest=digest):
                 self._end.send(Asset(digest=digest, data=self._assets.get(digest)))

@@ -37,6 +37,12 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True, tag="proof"):
     mac: bytes
 
 
+class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
+    """Last message of a side that ends a hand-shake or a connection; the reason for the other side's log."""
+
+    error: ErrorInfo
+
+
 class Attach(msgspec.Struct, frozen=True, kw_only=True, tag="attach"):
     """Front → engine that has loaded already: take requests from me, too. Answered by Ready."""
 
@@ -183,8 +189,15 @@ class KvSync(msgspec.Struct, frozen=True, kw_only=True, tag="kv_sync"):
 
 
 class Drain(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
-    """Front → engine: accept nothing new, finish what runs, then exit."""
+    """Front → engine: accept nothing new from me, finish what runs for me, then close the connection.
+
+    An engine that its front started exits then; one that takes several fronts serves the others on.
+    """
 
 
-FrontMessage = Hello | Proof | Start | Attach | AssetRequest | Submit | Abort | Committed | KvSync | Drain
-EngineMessage = Hello | Proof | Progress | Ready | StartFailed | Asset | Frames | Stats | Pulse | KvDelta
+FrontMessage = (
+    Hello | Proof | Refused | Start | Attach | AssetRequest | Submit | Abort | Committed | KvSync | Drain
+)
+EngineMessage = (
+    Hello | Proof | Refused | Progress | Ready | StartFailed | Asset | Frames | Stats | Pulse | KvDelta
+)

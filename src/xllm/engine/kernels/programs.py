@@ -32,10 +32,14 @@ class ProgramCounters:
 
 
 class StepPrograms(Protocol):
-    """Same bits as the eager operations. Owned by the step thread."""
+    """Same bits as the eager operations. Owned by the step thread, but for what says otherwise."""
 
     @property
     def counters(self) -> ProgramCounters: ...
+
+    @property
+    def finished_layers(self) -> int:
+        """Of the program that runs; any thread may ask."""
 
     def forward(self, sequences: Sequence[SequencePlan]) -> Buffer | None:
         """The hidden states of the rows that yield logits, in order; they stay until the next call.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from xllm.engine.memory.news import PageNews
 from xllm.engine.memory.pool import PagePool, PoolCounts, PrefixKey
 from xllm.engine.plan import PageCopy
 from xllm.errors import InternalError
@@ -55,8 +56,13 @@ class PageManager:
     ) -> None:
         self._windows = [g.window for g in groups]
         self._limited = [(g, w) for g, w in enumerate(self._windows) if w is not None]
-        self._pools = [PagePool(n) for n in num_pages]
         self._caching = enable_prefix_caching
+        # A prefix is as long as full attention has it; a window group keeps the end of one only.
+        self._deciding = self._windows.index(None) if None in self._windows else 0
+        self.news = PageNews() if enable_prefix_caching else None
+        self._pools = [
+            PagePool(n, self.news if g == self._deciding else None) for g, n in enumerate(num_pages)
+        ]
 
     def new_table(self, root: bytes) -> PageTable:
         return PageTable(root=root, pages=[[] for _ in self._pools])
@@ -171,6 +177,10 @@ class PageManager:
     def check(self) -> None:
         for pool in self._pools:
             pool.check()
+
+    def names(self) -> tuple[bytes, ...]:
+        """Digests of the pages that `news` speaks of, as of now."""
+        return self._pools[self._deciding].names()
 
     def reset_prefix_cache(self) -> int:
         return sum(pool.forget_all() for pool in self._pools)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 
+from xllm.engine.memory.news import PageNews
 from xllm.errors import InternalError
 
 
@@ -33,9 +34,13 @@ class PoolCounts:
 
 
 class PagePool:
-    """Single owner of page states in one group. Not thread-safe: the step thread owns it."""
+    """Single owner of page states in one group. Not thread-safe: the step thread owns it.
 
-    def __init__(self, num_pages: int) -> None:
+    `news`, where somebody wants to know, hears of every name that appears or vanishes.
+    """
+
+    def __init__(self, num_pages: int, news: PageNews | None = None) -> None:
+        self._news = news
         self._free = deque(range(num_pages))
         self._refs = [0] * num_pages
         # Kept beside the reference counts so that a snapshot costs nothing; `check` compares them.
@@ -96,6 +101,8 @@ class PagePool:
         if key.digest not in self._by_digest and self._keys[page] is None:
             self._by_digest[key.digest] = page
             self._keys[page] = key
+            if self._news is not None:
+                self._news.stored(key.digest)
 
     def find(self, key: PrefixKey) -> int | None:
         """The page that holds exactly `key`, else None; takes no ownership."""
@@ -109,7 +116,13 @@ class PagePool:
         self._reusable.clear()
         self._by_digest.clear()
         self._keys = [None] * len(self._refs)
+        if self._news is not None:
+            self._news.start_over()
         return num_freed
+
+    def names(self) -> tuple[bytes, ...]:
+        """Digests of all pages that a prefix may hit now."""
+        return tuple(self._by_digest)
 
     def counts(self) -> PoolCounts:
         return PoolCounts(
@@ -134,3 +147,5 @@ class PagePool:
         if key is not None:
             del self._by_digest[key.digest]
             self._keys[page] = None
+            if self._news is not None:
+                self._news.removed(key.digest)

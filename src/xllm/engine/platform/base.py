@@ -59,6 +59,10 @@ class Runner(Protocol):
     def program_counters(self) -> ProgramCounters | None:
         """What was recorded and replayed so far; None where every step is run op by op."""
 
+    @property
+    def finished_layers(self) -> int:
+        """Of the step that runs; 0 where nobody counts. Another thread asks, so cheap and without locks."""
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Run the step. A failure in one sequence's sampling is that sequence's `error`; running a
         plan or a part of it again is harmless."""

@@ -26,6 +26,7 @@ class NullRunner:
     deterministic = True
     numerics = ("null",)
     program_counters = None
+    finished_layers = 0
 
     def __init__(
         self,

@@ -73,6 +73,11 @@ class ModelRunner:
     def program_counters(self) -> ProgramCounters | None:
         return None if self.programs is None else self.programs.counters
 
+    @property
+    def finished_layers(self) -> int:
+        programs = self.programs
+        return 0 if programs is None else programs.finished_layers
+
     def record(self, make: MakePrograms) -> ProgramCounters:
         """Replay from now on what `make` records of the model; raises what it raises."""
         model, arch, weights, kv = self._model, self._arch, self._weights, self._kv

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from xllm.engine.memory.pool import PoolCounts
+from xllm.engine.scheduler.load import Load
 from xllm.types import EngineSnapshot
 
 
@@ -21,7 +22,14 @@ class Counters:
     generation_tokens: int = 0
 
     def snapshot(
-        self, *, step: int, num_running: int, num_waiting: int, num_requests: int, pages: PoolCounts
+        self,
+        *,
+        step: int,
+        num_running: int,
+        num_waiting: int,
+        num_requests: int,
+        pages: PoolCounts,
+        load: Load,
     ) -> EngineSnapshot:
         return EngineSnapshot(
             step=step,
@@ -40,4 +48,7 @@ class Counters:
             prefix_hits=self.prefix_hits,
             prompt_tokens=self.prompt_tokens,
             generation_tokens=self.generation_tokens,
+            backlog_tokens=load.backlog_tokens,
+            num_decoding=load.num_decoding,
+            decode_context=load.decode_context,
         )

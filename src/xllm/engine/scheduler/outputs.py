@@ -14,23 +14,24 @@ from xllm.wire.messages import Frame
 
 
 class FrameBuilder:
-    """Collects the frames of one step."""
+    """Collects the frames of one step, by the owner of the request."""
 
     def __init__(self) -> None:
-        self._frames: list[Frame] = []
+        self._frames: dict[int, list[Frame]] = {}
 
     def output(
         self, request: Request, members: Iterable[Sequence], drawn: dict[int, tuple[int, ...]]
     ) -> bool:
         """New tokens of the sequences that drew, with their ends; True if the last one ends the request."""
         ended = request.all_ended
+        frames = self._of(request)
         left = len(drawn)
         spec = request.spec
         for seq in members:
             left -= 1
             tokens = drawn[seq.choice]
             finished = seq.state is SequenceState.ENDED
-            self._frames.append(
+            frames.append(
                 Frame(
                     request_id=spec.request_id,
                     attempt=spec.attempt,
@@ -43,6 +44,8 @@ class FrameBuilder:
                     stop_token_id=seq.stop_token_id if finished else None,
                     num_cached_tokens=request.num_cached or 0,
                     queue_ms=request.queue_ms,
+                    prefill_ms=request.prefill_ms,
+                    num_preemptions=request.num_preemptions,
                     last=ended and left == 0,
                 )
             )
@@ -51,7 +54,7 @@ class FrameBuilder:
 
     def terminal(self, request: Request, reason: FinishReason, error: ErrorInfo | None) -> None:
         """The end of a request that did not end by its own tokens."""
-        self._frames.append(
+        self._of(request).append(
             Frame(
                 request_id=request.spec.request_id,
                 attempt=request.spec.attempt,
@@ -59,13 +62,18 @@ class FrameBuilder:
                 error=error,
                 num_cached_tokens=request.num_cached or 0,
                 queue_ms=request.queue_ms,
+                prefill_ms=request.prefill_ms,
+                num_preemptions=request.num_preemptions,
                 last=True,
             )
         )
 
-    def take(self) -> tuple[Frame, ...]:
-        frames, self._frames = tuple(self._frames), []
+    def take(self) -> dict[int, list[Frame]]:
+        frames, self._frames = self._frames, {}
         return frames
+
+    def _of(self, request: Request) -> list[Frame]:
+        return self._frames.setdefault(request.owner, [])
 
     @staticmethod
     def _prompt_logprobs(request: Request) -> tuple[TokenLogprobs, ...]:

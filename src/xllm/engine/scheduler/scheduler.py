@@ -18,6 +18,7 @@ from xllm.engine.request import Request, Sequence, SequenceState
 from xllm.engine.sampling import needs_history
 from xllm.engine.scheduler.absorb import apply_result
 from xllm.engine.scheduler.counters import Counters
+from xllm.engine.scheduler.load import Load
 from xllm.engine.scheduler.order import Order
 from xllm.engine.scheduler.outputs import FrameBuilder
 from xllm.errors import CapacityError, ErrorInfo, InternalError, RequestError
@@ -28,6 +29,9 @@ from xllm.wire.messages import Frame
 
 class Scheduler:
     """Owns every request of one engine. Called by the step thread only.
+
+    A request is known by its owner, the session it came from, and its id: what one front sends can neither
+    clash with nor end what another one sent.
 
     Invariants: a sequence is in exactly one of `_waiting`, `_running`, ended; both lists are sorted
     by rank; every accepted request yields one frame with `last`.
@@ -53,7 +57,7 @@ class Scheduler:
         self._max_rows = config.max_num_batched_tokens
         if not config.enable_chunked_prefill:
             self._max_rows = max(self._max_rows, max_model_len)
-        self._requests: dict[str, Request] = {}
+        self._requests: dict[tuple[int, str], Request] = {}
         self._owner: dict[int, Request] = {}
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
@@ -64,13 +68,16 @@ class Scheduler:
         self._next_arrival = 0
         self._step = 0
         self._counters = Counters()
+        self._load = Load()
+        self._planned_s = 0.0
+        self._absorbed_s = 0.0
 
     # -- intake -------------------------------------------------------------------------------
 
-    def submit(self, spec: RequestSpec, now_s: float) -> None:
+    def submit(self, spec: RequestSpec, now_s: float, owner: int = 0) -> None:
         """Accept a validated request, or raise; a refused request leaves no trace."""
         prompt = spec.prompt_token_ids
-        if spec.request_id in self._requests:
+        if (owner, spec.request_id) in self._requests:
             raise RequestError("request id is already in use", code="duplicate_request")
         limit = self._config.max_num_seqs + self._config.max_num_queued_reqs
         if len(self._requests) >= limit:
@@ -84,30 +91,39 @@ class Scheduler:
                 code="context_length_exceeded",
             )
         root = root_digest(self._numerics_class, spec.adapter, spec.cache_salt)
-        request = Request(spec=spec, arrival=self._next_arrival, arrived_s=now_s, root=root, prompt=prompt)
+        request = Request(
+            spec=spec, arrival=self._next_arrival, arrived_s=now_s, root=root, prompt=prompt, owner=owner
+        )
         self._next_arrival += 1
         self._counters.num_accepted += 1
-        self._requests[spec.request_id] = request
+        self._requests[request.key] = request
         for choice, draws, emitted in _initial_choices(spec):
             self._add(request, choice, draws, (*prompt, *emitted))
 
-    def abort(self, request_id: str) -> bool:
+    def abort(self, request_id: str, owner: int = 0) -> bool:
         """End the request with finish_reason abort; False if it is not (or no longer) here."""
-        request = self._requests.get(request_id)
+        request = self._requests.get((owner, request_id))
         if request is None:
             return False
         self._end_request(request, FinishReason.ABORT, None)
         return True
 
-    def fail(self, request_id: str, error: ErrorInfo) -> None:
+    def abort_all(self, owner: int | None = None) -> int:
+        """Abort every request, or every one of an owner; how many there were."""
+        requests = [r for r in self._requests.values() if owner is None or r.owner == owner]
+        for request in requests:
+            self._end_request(request, FinishReason.ABORT, None)
+        return len(requests)
+
+    def fail(self, request_id: str, error: ErrorInfo, owner: int = 0) -> None:
         """End the request with an error frame."""
-        request = self._requests.get(request_id)
+        request = self._requests.get((owner, request_id))
         if request is not None:
             self._end_request(request, FinishReason.ERROR, error)
 
-    def committed(self, request_id: str, choice: int, num_tokens: int) -> None:
+    def committed(self, request_id: str, choice: int, num_tokens: int, owner: int = 0) -> None:
         """The front has `num_tokens` output tokens of the choice in its log."""
-        request = self._requests.get(request_id)
+        request = self._requests.get((owner, request_id))
         if request is None:
             return
         for seq in request.sequences:
@@ -119,6 +135,7 @@ class Scheduler:
     def plan(self, now_s: float) -> StepPlan | None:
         """The next step, or None when nothing can run now."""
         self._planned = {}
+        self._planned_s = now_s
         budget = self._max_rows
         num_preemptions = self._counters.num_preemptions
         # Sequences with one row to go first: a long prompt must not delay running streams.
@@ -176,6 +193,7 @@ class Scheduler:
             seq.state = SequenceState.RUNNING
             if request.num_cached is None:
                 request.num_cached = min(seq.num_computed, seq.prompt_len)
+                request.admitted_s = now_s
                 request.queue_ms = (now_s - request.arrived_s) * 1000
                 self._counters.prefix_queries += seq.prompt_len
                 self._counters.prefix_hits += request.num_cached
@@ -191,6 +209,7 @@ class Scheduler:
             most = len(seq.tokens) - 1 if request.reads_cache else 0
             seq.table = self._memory.match(request.root, seq.tokens, most)
             seq.num_computed = seq.table.num_pages * PAGE_SIZE
+            self._load.count(seq)
         rows = min(seq.behind, budget)
         whole = rows == seq.behind or self._config.enable_chunked_prefill
         # With company, start only what can be caught up without preempting it again at once.
@@ -226,6 +245,7 @@ class Scheduler:
             request.prompt_logprobs.clear()
         if seq.state is SequenceState.RUNNING:
             self._counters.num_preemptions += 1
+            request.num_preemptions += 1
             self._running.remove(seq)
             seq.state = SequenceState.WAITING
             self._enqueue(seq)
@@ -274,6 +294,7 @@ class Scheduler:
     def absorb(self, plan: StepPlan, result: StepResult) -> None:
         """Advance every planned sequence; output and terminal events become frames."""
         results = {r.seq_id: r for r in result.sequences}
+        self._absorbed_s = self._planned_s + result.elapsed_ms / 1000
         for entry in plan.sequences:
             seq = self._planned.get(entry.seq_id)
             if seq is None or seq.state is not SequenceState.RUNNING:
@@ -281,9 +302,9 @@ class Scheduler:
             request = self._owner[seq.seq_id]
             outcome = results.get(entry.seq_id)
             if outcome is None:
-                self.fail(request.spec.request_id, _NO_RESULT)
+                self._end_request(request, FinishReason.ERROR, _NO_RESULT)
             elif outcome.error is not None:
-                self.fail(request.spec.request_id, outcome.error)
+                self._end_request(request, FinishReason.ERROR, outcome.error)
             else:
                 self._advance(seq, request, entry, apply_result(seq, request, entry, outcome))
         self._planned = {}
@@ -297,10 +318,14 @@ class Scheduler:
         seq.num_computed = end
         self._memory.computed(_table(seq), seq.tokens, end)
         if entry.sample is None:
+            self._load.count(seq)
             return
+        if request.prefill_ms == 0.0:
+            request.prefill_ms = (self._absorbed_s - request.admitted_s) * 1000
         members = [seq, *self._fork(seq, request, drawn)]
         for member in members:
             self._counters.generation_tokens += len(drawn[member.choice])
+            self._load.count(member)
             self._check_end(member, request)
         if self._frames.output(request, members, drawn):
             self._forget(request)
@@ -343,6 +368,7 @@ class Scheduler:
         elif seq.state is SequenceState.WAITING:
             self._waiting.remove(seq)
         self._drop_table(seq)
+        self._load.drop(seq)
         self._planned.pop(seq.seq_id, None)
         seq.state = SequenceState.ENDED
         seq.finish_reason = reason
@@ -358,20 +384,24 @@ class Scheduler:
     def _forget(self, request: Request) -> None:
         self._counters.num_ended += 1
         request.ended = True
-        del self._requests[request.spec.request_id]
+        del self._requests[request.key]
 
     # -- views --------------------------------------------------------------------------------
 
     def take_frames(self) -> tuple[Frame, ...]:
-        """Output since the last call, in order."""
+        """Output since the last call, in order; of all owners."""
+        return tuple(frame for frames in self._frames.take().values() for frame in frames)
+
+    def take_outputs(self) -> dict[int, list[Frame]]:
+        """The same by owner."""
         return self._frames.take()
 
     @property
     def has_requests(self) -> bool:
         return bool(self._requests)
 
-    def request_ids(self) -> Iterable[str]:
-        return tuple(self._requests)
+    def has_requests_of(self, owner: int) -> bool:
+        return any(request.owner == owner for request in self._requests.values())
 
     def origin_of(self, seq_id: int) -> tuple[str, int] | None:
         """(request id, choice) of a live sequence."""
@@ -394,6 +424,7 @@ class Scheduler:
             num_waiting=len(self._waiting),
             num_requests=len(self._requests),
             pages=self._memory.counts(),
+            load=self._load,
         )
 
     # -- small helpers ------------------------------------------------------------------------
@@ -415,6 +446,7 @@ class Scheduler:
         self._next_seq_id += 1
         self._owner[seq.seq_id] = request
         request.sequences.append(seq)
+        self._load.count(seq)
         self._enqueue(seq)
         return seq
 
@@ -426,6 +458,7 @@ class Scheduler:
             self._memory.release(seq.table)
             seq.table = None
         seq.num_computed = 0
+        self._load.count(seq)
 
 
 _rank = attrgetter("rank")

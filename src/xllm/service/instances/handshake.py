@@ -1,4 +1,4 @@
-"""The front's half of starting an engine over a stream: Hello, Start, progress, Ready.
+"""The front's half of getting an engine over a stream: Hello, Start, progress, Ready; or Attach, Ready.
 
 Knows nothing of processes; the same for an engine in memory, on a socket pair or far away.
 """
@@ -11,7 +11,8 @@ from collections.abc import Callable
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError, UnavailableError
 from xllm.wire.codec import WireError
-from xllm.wire.messages import WIRE_VERSION, Hello, Progress, Ready, Start, StartFailed
+from xllm.wire.hello import FRONT, NEWEST_VERSION, OLDEST_VERSION
+from xllm.wire.messages import WIRE_VERSION, Attach, Hello, Progress, Ready, Start, StartFailed
 from xllm.wire.stream import EngineStream
 
 OnProgress = Callable[[str, float], None]
@@ -20,7 +21,7 @@ OnProgress = Callable[[str, float], None]
 OnAssets = Callable[[dict[str, bytes]], None]
 """Called with an engine's text assets by name, if it sends them before it has loaded."""
 
-OLDEST_VERSION = WIRE_VERSION - 1
+ATTACH_S = 5.0
 
 
 def ignore_progress(stage: str, elapsed_s: float) -> None:
@@ -46,7 +47,7 @@ async def start_engine(
     """
     try:
         async with asyncio.timeout(timeout_s):
-            await stream.send(Hello())
+            await stream.send(Hello(role=FRONT))
             await stream.send(Start(config=config))
             return await _wait_ready(stream, on_progress, on_assets)
     except TimeoutError as error:
@@ -54,6 +55,22 @@ async def start_engine(
         raise UnavailableError(message, code="start_timeout") from error
     except (ConnectionError, WireError) as error:
         raise UnavailableError("the engine was lost while it loaded", code="engine_lost") from error
+
+
+async def attach(stream: EngineStream, *, timeout_s: float = ATTACH_S) -> Ready:
+    """Join an engine that has loaded already, over a stream of `wire.stream.connect_tcp`.
+
+    Raises UnavailableError when it does not answer in time or is lost. The stream is left open.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            await stream.send(Attach())
+            return await _wait_ready(stream, ignore_progress, ignore_assets)
+    except TimeoutError as error:
+        message = f"the engine did not answer within {timeout_s:g} s"
+        raise UnavailableError(message, code="attach_timeout") from error
+    except (ConnectionError, WireError) as error:
+        raise UnavailableError("the engine was lost", code="engine_lost") from error
 
 
 async def _wait_ready(stream: EngineStream, on_progress: OnProgress, on_assets: OnAssets) -> Ready:
@@ -67,7 +84,7 @@ async def _wait_ready(stream: EngineStream, on_progress: OnProgress, on_assets: 
                 on_assets(message.assets)
             else:
                 on_progress(message.stage, message.elapsed_s)
-        if isinstance(message, Hello) and not OLDEST_VERSION <= message.version <= WIRE_VERSION + 1:
+        if isinstance(message, Hello) and not OLDEST_VERSION <= message.version <= NEWEST_VERSION:
             raise ConfigError(
                 f"the engine speaks wire version {message.version}, this front {WIRE_VERSION}",
                 code="wire_version",

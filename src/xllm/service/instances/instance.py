@@ -209,7 +209,7 @@ class Instance:
             waiting = self._assets.get(message.digest)
             if waiting is not None and not waiting.done():
                 waiting.set_result(message.data)
-        else:
+        elif not isinstance(message, Pulse | KvDelta):
             log.warning("instance %s sent an unexpected %s", self.name, type(message).__name__)
 
     async def _write(self) -> None:

@@ -116,6 +116,10 @@ class Programs:
         self.on_stop: StopHook | None = None
 
     @property
+    def finished_layers(self) -> int:
+        return int(self.control.finished_layers)
+
+    @property
     def counters(self) -> ProgramCounters:
         return ProgramCounters(
             captures=len(self._steps) + len(self._heads),

@@ -1,0 +1,112 @@
+"""What an engine says about itself between two messages: how far its step is, and how long steps take.
+
+Written by the step thread, read by the I/O thread without a lock: single attributes, and a pulse that
+mixes two of them is off by one step at most. No threads and no clock here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from xllm.engine.plan import StepPlan
+
+Shape = tuple[int, int, int, int]
+"""(prefill rows, tokens these stand on, decoding sequences, tokens these stand on) of a step."""
+
+COST_EVERY = 16
+"""Steps between two readings of the fitted cost; solving for it takes longer than observing."""
+
+
+class FittedCost(Protocol):
+    """`cost.StepCost`, as far as an engine needs it."""
+
+    @property
+    def coefficients(self) -> tuple[float, ...]: ...
+
+    def step_ms(
+        self, prefill_rows: int, prefill_context: int, num_decoding: int, decode_context: int
+    ) -> float: ...
+
+
+class Fitter(Protocol):
+    """`cost.CostFitter`."""
+
+    @property
+    def error(self) -> float: ...
+
+    def observe(
+        self,
+        prefill_rows: int,
+        prefill_context: int,
+        num_decoding: int,
+        decode_context: int,
+        elapsed_ms: float,
+    ) -> None: ...
+
+    def cost(self) -> FittedCost | None: ...
+
+
+def no_layer() -> int:
+    """For runners that do not tell."""
+    return 0
+
+
+class StepProgress:
+    """`turn` counts turns of the step loop; while `busy` it must advance, or at least `layer` must."""
+
+    __slots__ = ("busy", "layer", "predicted_ms", "since_s", "turn")
+
+    def __init__(self, layer: Callable[[], int] = no_layer) -> None:
+        self.layer = layer
+        self.turn = 0
+        self.busy = False
+        self.since_s = 0.0
+        self.predicted_ms = 0.0
+
+    def begin(self, now_s: float) -> None:
+        self.turn += 1
+        self.since_s = now_s
+        self.predicted_ms = 0.0
+        self.busy = True
+
+
+class Pace:
+    """How long this engine's steps take, learnt from its own."""
+
+    __slots__ = ("_cost", "_fitter", "_num_steps", "coefficients", "error")
+
+    def __init__(self, fitter: Fitter | None) -> None:
+        self._fitter = fitter
+        self._cost: FittedCost | None = None
+        self._num_steps = 0
+        self.coefficients: tuple[float, ...] = ()
+        self.error = 0.0
+
+    def predict_ms(self, shape: Shape) -> float:
+        """0 = not known yet."""
+        return 0.0 if self._cost is None else self._cost.step_ms(*shape)
+
+    def observe(self, shape: Shape, elapsed_ms: float) -> None:
+        if self._fitter is None:
+            return
+        self._fitter.observe(*shape, elapsed_ms)
+        self._num_steps += 1
+        if self._num_steps % COST_EVERY == 0:
+            self._cost = self._fitter.cost()
+            if self._cost is not None:
+                self.coefficients, self.error = self._cost.coefficients, self._fitter.error
+
+
+def shape_of(plan: StepPlan) -> Shape:
+    """What decides how long the step takes. A sequence of one row that draws is decoding."""
+    rows = context = num_decoding = decode_context = 0
+    for entry in plan.sequences:
+        count = len(entry.tokens)
+        if count == 1 and entry.sample is not None:
+            num_decoding += 1
+            decode_context += entry.start + 1
+        else:
+            rows += count
+            context += entry.start
+    return rows, context, num_decoding, decode_context
