@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Protocol
 
 import msgspec
 import xxhash
 
 from xllm.clock import Clock
 from xllm.config import SchedulerConfig
+from xllm.cost import CostFitter, StepCost, attention_work
 from xllm.engine.core import EngineCore
 from xllm.engine.executor import InProcExecutor
 from xllm.engine.memory.manager import PageManager
@@ -38,33 +38,8 @@ TEXT_ASSETS = tiny_assets(VOCAB_SIZE)
 ASSETS = {hashlib.sha256(data).hexdigest(): data for data in TEXT_ASSETS.values()}
 
 
-class StepTime(Protocol):
-    """`xllm.cost.StepCost` or anything like it."""
-
-    def step_ms(
-        self, prefill_rows: int, prefill_context: int, num_decoding: int, decode_context: int
-    ) -> float: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinearStepTime:
-    """About SmolLM2 on two CPU cores: what a step costs, a row, a sequence, a token that is attended to."""
-
-    fixed_ms: float = 2.0
-    row_ms: float = 0.1
-    decoding_ms: float = 0.15
-    context_ms: float = 0.0005
-
-    def step_ms(
-        self, prefill_rows: int, prefill_context: int, num_decoding: int, decode_context: int
-    ) -> float:
-        attended = prefill_context + decode_context
-        return (
-            self.fixed_ms
-            + prefill_rows * self.row_ms
-            + num_decoding * self.decoding_ms
-            + attended * self.context_ms
-        )
+SMOLLM2_ON_TWO_CORES = StepCost((2.0, 0.1, 0.0002, 0.15, 0.0005))
+"""About what steps of SmolLM2 take there, in ms; see `StepCost` for the terms."""
 
 
 class Draws:
@@ -101,7 +76,7 @@ class SimRunner(NullRunner):
 class SimExecutor(InProcExecutor):
     """Runs a step at once and says how long it would have taken."""
 
-    def __init__(self, runner: NullRunner, step_time: StepTime) -> None:
+    def __init__(self, runner: NullRunner, step_time: StepCost) -> None:
         super().__init__(runner)
         self._step_time = step_time
         self.slowdown = 1.0
@@ -113,7 +88,7 @@ class SimExecutor(InProcExecutor):
         return msgspec.structs.replace(result, elapsed_ms=self.last_step_ms)
 
 
-def planned_ms(step_time: StepTime, plan: StepPlan) -> float:
+def planned_ms(step_time: StepCost, plan: StepPlan) -> float:
     """The time of the whole step by the cost model."""
     prefill_rows = prefill_context = num_decoding = decode_context = 0
     for entry in plan.sequences:
@@ -123,7 +98,7 @@ def planned_ms(step_time: StepTime, plan: StepPlan) -> float:
             decode_context += entry.start + 1
         else:
             prefill_rows += rows
-            prefill_context += rows * entry.start + rows * (rows + 1) // 2
+            prefill_context += attention_work(entry.start, rows)
     return step_time.step_ms(prefill_rows, prefill_context, num_decoding, decode_context)
 
 
@@ -135,6 +110,7 @@ class Device:
     memory: PageManager
     executor: SimExecutor
     card: ModelCard
+    max_reqs: int
 
 
 def build_device(
@@ -144,7 +120,7 @@ def build_device(
     num_pages: int,
     groups: tuple[KVGroup, ...] = (FULL,),
     config: SchedulerConfig | None = None,
-    step_time: StepTime | None = None,
+    step_time: StepCost = SMOLLM2_ON_TWO_CORES,
     model_id: str = "simulated",
     numerics_class: str = NUMERICS_CLASS,
 ) -> Device:
@@ -160,7 +136,7 @@ def build_device(
         max_model_len=MAX_MODEL_LEN,
         eos_token_ids=(EOS,),
     )
-    executor = SimExecutor(SimRunner(layout, num_pages, draws), step_time or LinearStepTime())
+    executor = SimExecutor(SimRunner(layout, num_pages, draws), step_time)
     card = ModelCard(
         model_id=model_id,
         aliases=(),
@@ -179,8 +155,9 @@ def build_device(
         num_pages=num_pages * len(groups),
     )
     return Device(
-        core=EngineCore(card, scheduler, memory, executor, clock),
+        core=EngineCore(card, scheduler, memory, executor, clock, fitter=CostFitter()),
         memory=memory,
         executor=executor,
         card=card,
+        max_reqs=config.max_num_seqs + config.max_num_queued_reqs,
     )

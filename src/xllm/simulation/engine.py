@@ -1,61 +1,151 @@
-"""A simulated engine process: the real core and its message handling on virtual time, and its faults.
+"""A simulated engine process: the real core and the real message loop on virtual time, and its faults.
 
-One incarnation of one instance. It does what `engine/process.py` and `engine/connection.py` do with
-threads and a socket; what a step computes is the core's own business.
+One process of one instance. It does what `engine/process.py`, `engine/server.py` and `engine/hub.py` do
+with threads and sockets; what a message means and what a step computes is the real code's business.
 """
 
 from __future__ import annotations
 
 import asyncio
 import queue
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
 
+from xllm.engine.core import EngineCore
+from xllm.engine.hub import pulse_of
 from xllm.engine.loop import HEARTBEAT_S, EngineLoop
+from xllm.engine.port import Item, Port
 from xllm.simulation.device import ASSETS, Device
-from xllm.simulation.link import EngineEnd
+from xllm.simulation.link import EngineEnd, SimStream, connect
 from xllm.wire.messages import (
     PULSE_S,
+    WIRE_VERSION,
     Attach,
     Drain,
     EngineMessage,
-    Frames,
-    FrontMessage,
     Hello,
-    Pulse,
     Ready,
     Start,
-    Stats,
 )
+
+
+class SimInbox(queue.SimpleQueue[Item]):
+    """Never waits: an engine that waits for a message does so on the virtual loop."""
+
+    def __init__(self) -> None:
+        self._items: deque[Item] = deque()
+        self.arrived = asyncio.Event()
+
+    def put(self, item: Item, block: bool = True, timeout: float | None = None) -> None:
+        self._items.append(item)
+        self.arrived.set()
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Item:
+        if not self._items:
+            raise queue.Empty
+        return self._items.popleft()
+
+    def qsize(self) -> int:
+        return len(self._items)
+
+
+class SimPort:
+    """One front's session at the engine; a `Port`."""
+
+    def __init__(self, number: int, end: EngineEnd) -> None:
+        self.number = number
+        self.version = WIRE_VERSION
+        self.pulsing = False
+        self.end_ = end
+
+    def send(self, message: EngineMessage) -> None:
+        self.end_.send(message)
+
+    def took(self) -> None:
+        return
+
+    def end(self) -> None:
+        self.end_.outbound.end()
+
+
+class VirtualEngineLoop(EngineLoop):
+    """The message loop, taken apart where it would block a thread."""
+
+    def __init__(
+        self, core: EngineCore, assets: Mapping[str, bytes], inbox: SimInbox, ready: Ready, parent: Port | None
+    ) -> None:
+        super().__init__(core, assets, inbox, ready, parent=parent)
+        self._virtual_inbox = inbox
+
+    async def run_virtually(
+        self, may_run: asyncio.Event, take_time: Callable[[], Awaitable[None]]
+    ) -> None:
+        """`EngineLoop.run`; a step's results leave when `take_time` is over."""
+        ran = False
+        while True:
+            if not ran:
+                await self._await_message()
+            await may_run.wait()
+            if not self._take_messages(may_wait=False):
+                break
+            ran = self._core.advance()
+            if ran:
+                await take_time()
+                await may_run.wait()
+            if not self._publish(ran):
+                break
+        self._finish()
+
+    async def _await_message(self) -> None:
+        """Until there is one; on each heartbeat without one the fronts are told that nothing happens."""
+        self._core.progress.busy = False
+        inbox = self._virtual_inbox
+        while not inbox.qsize():
+            inbox.arrived.clear()
+            try:
+                async with asyncio.timeout(HEARTBEAT_S):
+                    await inbox.arrived.wait()
+            except TimeoutError:
+                self._tell_all(self._fronts.values())
+                if self._drain_end_s is not None:
+                    return
 
 
 class SimEngine:
     """`alive` = the process exists; `stopped` = it exists and does nothing (SIGSTOP).
 
-    Frames of a step leave when its time has passed; who dies meanwhile takes them along.
+    Frames of a step leave when its time has passed; who dies meanwhile takes them along. A `server`
+    outlives its connections; otherwise the process belongs to its first one.
     """
 
-    def __init__(self, name: str, device: Device, end: EngineEnd) -> None:
+    def __init__(self, name: str, device: Device, latency_s: Callable[[], float], *, server: bool) -> None:
         self.name = name
         self.device = device
         self.alive = True
         self.stopped = False
         self.exited_in_order = False
         self.failure: Exception | None = None
-        self.num_steps = 0
-        self._end = end
+        self.server = server
+        self._latency_s = latency_s
         self._loop = asyncio.get_running_loop()
-        # Never blocks here: messages are handed over one by one, the queue only satisfies the type.
-        inbox: queue.SimpleQueue[FrontMessage | None] = queue.SimpleQueue()
-        self._handler = EngineLoop(device.core, ASSETS, inbox, self._send)
+        self._inbox = SimInbox()
+        self._ports: list[SimPort] = []
         self._may_run = asyncio.Event()
         self._may_run.set()
         self._may_compute = asyncio.Event()
         self._may_compute.set()
-        self._busy_since_s: float | None = None
-        self._predicted_ms = 0.0
-        self._tasks = [
-            self._loop.create_task(self._run(), name=f"engine {name}"),
-            self._loop.create_task(self._pulse(), name=f"pulses of {name}"),
-        ]
+        self._tasks: list[asyncio.Task[None]] = []
+        self._main: asyncio.Task[None] | None = None
+        if server:
+            self._begin(None)
+
+    def connect(self) -> SimStream:
+        """A new connection of a front."""
+        stream, end = connect(self._loop, self._latency_s)
+        port = SimPort(len(self._ports), end)
+        self._ports.append(port)
+        self._spawn(self._read(port), f"reader {port.number} of {self.name}")
+        return stream
 
     # -- faults ---------------------------------------------------------------------------------
 
@@ -84,113 +174,96 @@ class SimEngine:
         self.device.executor.slowdown = factor
 
     def cut(self) -> None:
-        """The connection breaks; the process lives until it notices."""
-        self._end.cut()
+        """All connections break; the process lives until it notices, or on as a server."""
+        for port in self._ports:
+            port.end_.cut()
 
     def drain(self) -> None:
         """SIGTERM: accept nothing new, finish what runs, end."""
-        self._end.inject(Drain())
+        self._inbox.put((None, Drain()))
+
+    def shut_down(self) -> None:
+        """End after the step that runs."""
+        self.resume()
+        self.release_device()
+        self._inbox.put((None, None))
 
     def repeat_messages(self, count: int) -> None:
-        """The next `count` messages to the front arrive twice."""
-        self._end.outbound.num_to_repeat = count
+        """The next `count` messages to each front arrive twice."""
+        for port in self._ports:
+            port.end_.outbound.num_to_repeat = count
 
     async def ended(self) -> None:
         """Wait until the process is gone, whatever ended it."""
-        await asyncio.wait(self._tasks)
+        while self._tasks:
+            await asyncio.wait(self._tasks)
 
     # -- the process ------------------------------------------------------------------------------
 
-    async def _run(self) -> None:
+    def _begin(self, parent: SimPort | None) -> None:
+        self._main = self._spawn(self._run(parent), f"engine {self.name}")
+        self._spawn(self._pulse(), f"pulses of {self.name}")
+
+    async def _run(self, parent: SimPort | None) -> None:
+        device = self.device
+        ready = Ready(card=device.card, pid=0, max_reqs=device.max_reqs)
         try:
-            self._send(Hello(incarnation=self.name))
-            await self._serve()
+            if parent is not None:
+                parent.send(ready)
+            loop = VirtualEngineLoop(device.core, ASSETS, self._inbox, ready, parent)
+            await loop.run_virtually(self._may_run, self._take_time)
             self.exited_in_order = True
         except Exception as error:  # noqa: BLE001 - a bug of the engine's; whoever simulates must see it
             self.failure = error
         finally:
             self._die()
 
-    async def _serve(self) -> None:
-        core = self.device.core
-        ran = True
-        while await self._take_messages(may_wait=not ran):
-            ran, frames = core.step()
-            frames = (*self._handler.take_refused(), *frames)
-            snapshot = core.snapshot() if frames else None
-            if ran:
-                await self._take_time()
-            if frames and snapshot is not None:
-                self._send(Frames(frames=frames, snapshot=snapshot))
-            if self._handler.draining and not core.has_requests:
-                return
-        core.abort_all()
-        core.step()
-
     async def _take_time(self) -> None:
-        """The step's results are known to the simulation, and to nobody else until its time has passed."""
-        self.num_steps += 1
-        self._predicted_ms = self.device.executor.last_step_ms / self.device.executor.slowdown
-        self._busy_since_s = self._loop.time()
         await asyncio.sleep(self.device.executor.last_step_ms / 1000)
         await self._may_compute.wait()
-        await self._may_run.wait()
-        self._busy_since_s = None
 
-    async def _take_messages(self, may_wait: bool) -> bool:
-        """As `EngineLoop`'s: handle what has arrived, waiting for the first if nothing could run."""
+    async def _read(self, port: SimPort) -> None:
+        """The I/O thread's part for one connection."""
         while True:
+            await port.end_.inbound.wait_readable()
             await self._may_run.wait()
-            arrived, message = self._end.take()
+            arrived, message = port.end_.take()
             if not arrived:
-                if not may_wait:
-                    return True
-                if not await self._arrival():
-                    self._send(Stats(snapshot=self.device.core.snapshot()))
                 continue
             if message is None:
-                return False
-            self._take(message)
-            may_wait = False
-
-    async def _arrival(self) -> bool:
-        """False = nothing came within a heartbeat."""
-        try:
-            async with asyncio.timeout(HEARTBEAT_S):
-                await self._end.inbound.wait_readable()
-        except TimeoutError:
-            return False
-        return True
-
-    def _take(self, message: FrontMessage) -> None:
-        if isinstance(message, Start | Attach):
-            self._send(Ready(card=self.device.card, pid=0))
-        else:
-            self._handler.handle(message)
+                port.pulsing = False
+                port.end_.outbound.end()
+                self._inbox.put((port, None))
+                if self._main is None:
+                    self._die()
+                return
+            if isinstance(message, Hello):
+                port.send(Hello(incarnation=self.name))
+            elif isinstance(message, Start) and self._main is None:
+                self._begin(port)
+            elif isinstance(message, Attach) or self._main is not None:
+                self._inbox.put((port, message))
 
     async def _pulse(self) -> None:
         while True:
             await asyncio.sleep(PULSE_S)
             await self._may_run.wait()
-            since_s = self._busy_since_s
-            age_ms = 0.0 if since_s is None else (self._loop.time() - since_s) * 1000
-            self._send(
-                Pulse(
-                    step=self.num_steps,
-                    busy=since_s is not None,
-                    step_age_ms=age_ms,
-                    predicted_ms=self._predicted_ms,
-                )
-            )
-
-    def _send(self, message: EngineMessage) -> None:
-        self._end.send(message)
+            for port in self._ports:
+                if port.pulsing:
+                    port.send(pulse_of(self.device.core.progress, self._loop.time()))
 
     def _die(self) -> None:
         if not self.alive:
             return
         self.alive = False
-        self._end.die()
+        for port in self._ports:
+            port.end_.die()
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
+
+    def _spawn(self, work: object, name: str) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = self._loop.create_task(work, name=name)  # type: ignore[arg-type]
+        self._tasks.append(task)
+        task.add_done_callback(self._tasks.remove)
+        return task

@@ -102,8 +102,12 @@ def _error_deserved(outcome: Outcome, record: Record) -> bool:
             return request.habit in ("stall", "slow")
         case "queue_full":
             return record.may_be_full
-        case "engine_lost":
-            return record.num_losses > 0
+        case "no_healthy_instance":
+            # It must have waited for the whole grace, and nobody may have been there for long meanwhile.
+            start_s = ended_s - record.recovery_grace_s
+            return outcome.submitted_s <= start_s and not record.timeline.throughout(
+                start_s + record.settle_s, ended_s
+            )
     return False
 
 

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from xllm.service.instances.about import InstanceState
+from xllm.service.router.base import Placement
 from xllm.service.snapshot import FrontSnapshot, NullObserver, RequestRecord
 from xllm.service.stream import Delta
 from xllm.simulation.client import Outcome
@@ -21,7 +23,8 @@ class Observer(NullObserver):
 
     def __init__(self, log: Callable[..., None]) -> None:
         self.num_ended: Counter[str] = Counter()
-        self.records: list[RequestRecord] = []
+        self.gaps_s: list[float] = []
+        self.detections: list[tuple[str, str, str, float]] = []
         self._log = log
 
     def on_delta(self, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
@@ -30,21 +33,58 @@ class Observer(NullObserver):
     def on_ended(self, record: RequestRecord) -> None:
         self._log("ended", record.request_id, record.outcome, record.instance)
         self.num_ended[record.request_id] += 1
-        self.records.append(record)
+
+    def on_placed(self, request_id: str, placement: Placement, attempt: int) -> None:
+        self._log("placed", request_id, placement.instance, attempt)
+
+    def on_moved(
+        self, request_id: str, source: str, target: str, cause: str, gap_s: float, recompute_tokens: int
+    ) -> None:
+        self._log("moved", request_id, source, target, cause)
+
+    def on_resumed(self, request_id: str, instance: str, gap_s: float) -> None:
+        self.gaps_s.append(gap_s)
+
+    def on_instance(self, name: str, state: InstanceState, reason: str, detect_s: float) -> None:
+        self._log("instance", name, state, reason, round(detect_s, 6))
+        if state in ("lost", "suspect"):
+            self.detections.append((name, state, reason, detect_s))
 
 
-class Usable:
-    """When each instance could be placed on, as the faults have it: the excuse for "no instance"."""
+class Timeline:
+    """When which instance was there and undisturbed: the excuse for "no instance", and its limits."""
 
     def __init__(self) -> None:
-        self._changes: dict[str, list[tuple[float, bool]]] = {}
+        self.num_losses = 0
+        self.faults: list[tuple[float, str, str]] = []
+        self._up: dict[str, bool] = {}
+        self._num_bad: Counter[str] = Counter()
+        self._usable: dict[str, list[tuple[float, bool]]] = {}
 
-    def note(self, name: str, now_s: float, usable: bool) -> None:
-        self._changes.setdefault(name, []).append((now_s, usable))
+    def up(self, name: str, now_s: float, up: bool) -> None:
+        """The front has taken the instance, or lost it."""
+        self._up[name] = up
+        self.num_losses += not up
+        self._note(name, now_s)
+
+    def bad(self, name: str, now_s: float, change: int) -> None:
+        """A disturbance began (1) or ended (-1)."""
+        self._num_bad[name] += change
+        self._note(name, now_s)
+
+    def fault(self, name: str, now_s: float, kind: str) -> None:
+        self.faults.append((now_s, name, kind))
+        if kind in ("crash", "cut", "drain"):
+            self._up[name] = False
+            self._note(name, now_s)
 
     def throughout(self, start_s: float, end_s: float) -> bool:
         """Whether some instance was usable all the time between the two."""
-        return any(_throughout(changes, start_s, end_s) for changes in self._changes.values())
+        return any(_throughout(changes, start_s, end_s) for changes in self._usable.values())
+
+    def _note(self, name: str, now_s: float) -> None:
+        usable = self._up.get(name, False) and not self._num_bad[name]
+        self._usable.setdefault(name, []).append((now_s, usable))
 
 
 def _throughout(changes: list[tuple[float, bool]], start_s: float, end_s: float) -> bool:
@@ -67,10 +107,10 @@ class Record:
     num_ended: Counter[str]
     golden: Callable[[RequestSpec], Output]
     engine_faults: list[str]
-    usable: Usable = field(default_factory=Usable)
+    timeline: Timeline = field(default_factory=Timeline)
     settle_s: float = 1.0
     may_be_full: bool = False
-    num_losses: int = 0
+    recovery_grace_s: float = 30.0
 
     def was_without_instance(self, at_s: float) -> bool:
-        return not self.usable.throughout(at_s - self.settle_s, at_s)
+        return not self.timeline.throughout(at_s - self.settle_s, at_s)

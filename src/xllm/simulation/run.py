@@ -21,7 +21,7 @@ from xllm.simulation.faults import FaultPlayer
 from xllm.simulation.golden import golden_output
 from xllm.simulation.loop import StuckError, run_virtual
 from xllm.simulation.oracle import judge
-from xllm.simulation.record import Observer, Record
+from xllm.simulation.record import Observer, Record, Timeline
 from xllm.simulation.schedule import Schedule, make_schedule
 
 END_AFTER_S = 400.0
@@ -100,7 +100,14 @@ class _Run:
             groups=schedule.groups,
             scheduler=schedule.scheduler,
             step_time=schedule.step_time,
+            servers=schedule.servers,
         )
+        timeline = Timeline()
+
+        def on_change(name: str, up: bool) -> None:
+            log("up" if up else "down", name)
+            timeline.up(name, loop.time(), up)
+
         cluster = SimCluster(
             schedule.front,
             shape,
@@ -108,19 +115,19 @@ class _Run:
             observer=observer,
             latency_s=schedule.latency_s,
             draws=self._draws,
+            on_change=on_change,
         )
-        player = FaultPlayer(cluster, origin_s, log)
+        player = FaultPlayer(cluster, timeline, origin_s, log)
         names = [f"engine-{i}" for i in range(len(schedule.starts_s))]
         clients = [Client(i, r, cluster.front, origin_s) for i, r in enumerate(schedule.requests)]
         starts = [player.start(n, at - HEAD_START_S) for n, at in zip(names, schedule.starts_s, strict=True)]
         faults = [player.play(f, names[f.instance]) for f in schedule.faults]
         side = [loop.create_task(w, name="fault") for w in (*starts, *faults)]
         readers = [loop.create_task(c.run(), name=f"client {i}") for i, c in enumerate(clients)]
-        limit_s = schedule.last_event_s + END_AFTER_S
-        await asyncio.wait(readers, timeout=limit_s)
+        await asyncio.sleep(schedule.last_event_s)
+        await asyncio.wait(readers, timeout=END_AFTER_S)
         failures = [str(t.exception()) for t in readers if t.done() and t.exception() is not None]
-        await asyncio.wait(side)
-        failures += [repr(t.exception()) for t in side if t.exception() is not None]
+        failures += [repr(t.exception()) for t in side if t.done() and t.exception() is not None]
         engine_faults = await _quiet(cluster)
         record = Record(
             outcomes=[c.outcome for c in clients],
@@ -128,15 +135,15 @@ class _Run:
             num_ended=observer.num_ended,
             golden=lambda spec: golden_output(spec, schedule.groups, self._draws),
             engine_faults=engine_faults,
-            usable=player.usable,
+            timeline=timeline,
             may_be_full=_may_be_full(schedule),
-            num_losses=player.num_losses,
+            recovery_grace_s=schedule.front.recovery_grace_s,
         )
         wrong = [*failures, *judge(record)]
-        for reader in readers:
-            reader.cancel()
+        for task in (*readers, *side):
+            task.cancel()
         await cluster.close()
-        wrong += [f"{e.name} after its end: {what}" for e in cluster.incarnations for what in _held(e)]
+        wrong += [f"{e.name} after its end: {what}" for e in cluster.processes for what in _held(e)]
         if self._on_line is not None:
             for line in log.lines or ():
                 self._on_line(line)
@@ -147,7 +154,7 @@ class _Run:
             num_requests=len(clients),
             num_faults_hit=player.num_hit,
             num_completed=sum(o.error is None and o.refused is None and not o.left for o in record.outcomes),
-            num_losses=player.num_losses,
+            num_losses=timeline.num_losses,
             virtual_s=loop.time() - begun_s,
             error_codes=tuple(
                 f"refused:{o.refused.code}" if o.refused else o.error.code
@@ -162,10 +169,10 @@ async def _quiet(cluster: SimCluster) -> list[str]:
     loop = asyncio.get_running_loop()
     end_s = loop.time() + QUIET_AFTER_S
     while loop.time() < end_s:
-        if all(not e.device.core.has_requests for e in cluster.incarnations if e.alive):
+        if all(not e.device.core.has_requests for e in cluster.processes if e.alive):
             break
         await asyncio.sleep(0.25)
-    return [f"{e.name}: {what}" for e in cluster.incarnations if e.alive for what in _held(e)]
+    return [f"{e.name}: {what}" for e in cluster.processes if e.alive for what in _held(e)]
 
 
 def _held(engine: SimEngine) -> list[str]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from xllm.config import FrontConfig, SchedulerConfig
-from xllm.simulation.device import EOS, FULL, VOCAB_SIZE, WINDOW, LinearStepTime
+from xllm.cost import StepCost
+from xllm.simulation.device import EOS, FULL, VOCAB_SIZE, WINDOW
 from xllm.types import KVGroup, RequestClass, SamplingParams
 
 Habit = Literal["read", "slow", "leave", "abort", "stall"]
@@ -59,14 +60,15 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """`start_s` of an instance: when it joins."""
+    """`starts_s`: when each instance joins. `servers` outlive their connections (TCP); others belong to the front."""
 
     seed: int
+    servers: bool
     starts_s: tuple[float, ...]
     num_pages: int
     groups: tuple[KVGroup, ...]
     scheduler: SchedulerConfig
-    step_time: LinearStepTime
+    step_time: StepCost
     latency_s: float
     front: FrontConfig
     requests: tuple[SimRequest, ...]
@@ -87,6 +89,7 @@ def make_schedule(seed: int, *, policies: tuple[str, ...] = ("round-robin",)) ->
     chunked = rng.random() < 0.85
     return Schedule(
         seed=seed,
+        servers=rng.random() < 0.4,
         starts_s=starts,
         num_pages=rng.choice((8, 10, 14, 24)),
         groups=rng.choice(((FULL,), (FULL,), (FULL, WINDOW))),
@@ -97,7 +100,7 @@ def make_schedule(seed: int, *, policies: tuple[str, ...] = ("round-robin",)) ->
             scheduling_policy=rng.choice(("fcfs", "fcfs", "priority")),
             max_num_queued_reqs=rng.choice((4, 64)),
         ),
-        step_time=LinearStepTime(fixed_ms=rng.choice((2.0, 20.0, 60.0))),
+        step_time=StepCost((rng.choice((2.0, 20.0, 60.0)), 0.1, 0.0002, 0.15, 0.0005)),
         latency_s=rng.choice((0.00005, 0.0005, 0.005)),
         front=FrontConfig(
             router_policy=rng.choice(policies),
