@@ -69,6 +69,7 @@ class Client:
     async def _read(self, stream: LiveRequest) -> None:
         request, outcome = self._request, self.outcome
         last_s = outcome.submitted_s
+        stalled = False
         if request.habit == "leave" and request.after == 0:
             outcome.left = True
             await stream.aclose()
@@ -87,7 +88,8 @@ class Client:
                         return
                     case "abort":
                         outcome.left = await self._front.abort(stream.request_id) or outcome.left
-                    case "stall":
+                    case "stall" if not stalled:
+                        stalled = True
                         await asyncio.sleep(STALL_S)
                     case _:
                         pass

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from xllm.service.failover.blame import QUARANTINE_AT
 from xllm.simulation.client import Outcome
 from xllm.simulation.golden import ChoiceOutput, Output, joined
 from xllm.simulation.record import Record
@@ -102,6 +103,8 @@ def _error_deserved(outcome: Outcome, record: Record) -> bool:
             return request.habit in ("stall", "slow")
         case "queue_full":
             return record.may_be_full
+        case "request_quarantined":
+            return record.timeline.blame >= QUARANTINE_AT
         case "no_healthy_instance":
             # It must have waited for the whole grace, and nobody may have been there for long meanwhile.
             start_s = ended_s - record.recovery_grace_s

@@ -78,6 +78,11 @@ class Timeline:
             self._up[name] = False
             self._note(name, now_s)
 
+    @property
+    def blame(self) -> float:
+        """The most that the faults so far can have weighed against an innocent request (failover.blame)."""
+        return sum(_BLAME.get(kind, 0.5) for _, _, kind in self.faults)
+
     def throughout(self, start_s: float, end_s: float) -> bool:
         """Whether some instance was usable all the time between the two."""
         return any(_throughout(changes, start_s, end_s) for changes in self._usable.values())
@@ -85,6 +90,9 @@ class Timeline:
     def _note(self, name: str, now_s: float) -> None:
         usable = self._up.get(name, False) and not self._num_bad[name]
         self._usable.setdefault(name, []).append((now_s, usable))
+
+
+_BLAME = {"hang": 1.0, "repeat": 0.0, "drain": 0.0, "wall_jump": 0.0}
 
 
 def _throughout(changes: list[tuple[float, bool]], start_s: float, end_s: float) -> bool:

@@ -87,9 +87,10 @@ def make_schedule(seed: int, *, policies: tuple[str, ...] = ("round-robin",)) ->
     late = [rng.random() < 0.1 for _ in range(num_instances)]
     starts = tuple(round(rng.uniform(0.1, 2.0), 3) if l else 0.0 for l in late)
     chunked = rng.random() < 0.85
+    servers = rng.random() < 0.4
     return Schedule(
         seed=seed,
-        servers=rng.random() < 0.4,
+        servers=servers,
         starts_s=starts,
         num_pages=rng.choice((8, 10, 14, 24)),
         groups=rng.choice(((FULL,), (FULL,), (FULL, WINDOW))),
@@ -108,7 +109,7 @@ def make_schedule(seed: int, *, policies: tuple[str, ...] = ("round-robin",)) ->
             max_resumes=rng.choice((1, 2, 8)),
         ),
         requests=_requests(rng),
-        faults=_faults(rng, num_instances),
+        faults=_faults(rng, num_instances, servers),
     )
 
 
@@ -167,8 +168,8 @@ def _params(rng: random.Random) -> SamplingParams:
     return SamplingParams(**fields)  # type: ignore[arg-type]
 
 
-def _faults(rng: random.Random, num_instances: int) -> tuple[Fault, ...]:
-    faults = [_fault(rng, num_instances) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4, 6)))]
+def _faults(rng: random.Random, num_instances: int, servers: bool) -> tuple[Fault, ...]:
+    faults = [_fault(rng, num_instances, servers) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4, 6)))]
     if len(faults) > 1 and rng.random() < 0.3:
         # Two at one instant.
         first, second, *rest = faults
@@ -182,8 +183,10 @@ def _at(fault: Fault, at_s: float) -> Fault:
     )
 
 
-def _fault(rng: random.Random, num_instances: int) -> Fault:
+def _fault(rng: random.Random, num_instances: int, servers: bool) -> Fault:
     kind = rng.choices(KINDS, WEIGHTS)[0]
+    if kind == "cut" and not servers:
+        kind = "crash"  # an inherited socket pair does not break by itself
     lasts: float | None = rng.choice((0.05, 0.5, 1.5, 4.0, 12.0, 20.0))
     amount = 0.0
     if kind in ("crash", "drain", "cut"):
