@@ -72,14 +72,17 @@ class VirtualEngineLoop(EngineLoop):
     """The message loop, taken apart where it would block a thread."""
 
     def __init__(
-        self, core: EngineCore, assets: Mapping[str, bytes], inbox: SimInbox, ready: Ready, parent: Port | None
+        self,
+        core: EngineCore,
+        assets: Mapping[str, bytes],
+        inbox: SimInbox,
+        ready: Ready,
+        parent: Port | None,
     ) -> None:
         super().__init__(core, assets, inbox, ready, parent=parent)
         self._virtual_inbox = inbox
 
-    async def run_virtually(
-        self, may_run: asyncio.Event, take_time: Callable[[], Awaitable[None]]
-    ) -> None:
+    async def run_virtually(self, may_run: asyncio.Event, take_time: Callable[[], Awaitable[None]]) -> None:
         """`EngineLoop.run`; a step's results leave when `take_time` is over."""
         ran = False
         while True:

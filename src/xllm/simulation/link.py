@@ -180,9 +180,7 @@ class EngineEnd:
         self.inbound.cut()
 
 
-def connect(
-    loop: asyncio.AbstractEventLoop, latency_s: Callable[[], float]
-) -> tuple[SimStream, EngineEnd]:
+def connect(loop: asyncio.AbstractEventLoop, latency_s: Callable[[], float]) -> tuple[SimStream, EngineEnd]:
     """Both ends of a new connection; `latency_s` is asked for every message of either direction."""
     to_engine, to_front = Pipe(loop, latency_s), Pipe(loop, latency_s)
     return SimStream(to_engine, to_front), EngineEnd(to_engine, to_front)

@@ -1,7 +1,6 @@
 """Runs one schedule from beginning to quiet, and says what was wrong with it.
 
-`python -m xllm.simulation.run --seeds 0:10000` runs many; a failing one is printed with the command
-that repeats it.
+Everything is made anew for each run; what is drawn comes from the schedule's seed.
 """
 
 from __future__ import annotations
@@ -80,9 +79,7 @@ def run_schedule(schedule: Schedule, on_line: Callable[[str], None] | None = Non
 
 
 class _Run:
-    def __init__(
-        self, schedule: Schedule, rng: random.Random, on_line: Callable[[str], None] | None
-    ) -> None:
+    def __init__(self, schedule: Schedule, rng: random.Random, on_line: Callable[[str], None] | None) -> None:
         self._schedule = schedule
         self._rng = rng
         self._on_line = on_line

@@ -15,12 +15,10 @@ from xllm.simulation.device import EOS, FULL, VOCAB_SIZE, WINDOW
 from xllm.types import KVGroup, RequestClass, SamplingParams
 
 Habit = Literal["read", "slow", "leave", "abort", "stall"]
-"""How a client behaves: reads on; pauses after each delta; goes away; has the request aborted; stops reading."""
+"""A client reads on, pauses after each delta, goes away, has its request aborted, or stops reading for long."""
 
-FaultKind = Literal[
-    "crash", "stop", "hang", "slow", "cut", "delay", "repeat", "drain", "wall_jump"
-]
-"""crash: kill -9. stop: SIGSTOP and later SIGCONT. hang: a step that does not end, while the process lives."""
+FaultKind = Literal["crash", "stop", "hang", "slow", "cut", "delay", "repeat", "drain", "wall_jump"]
+"""crash: kill -9. stop: SIGSTOP, later SIGCONT. hang: a step that does not end, while the process lives."""
 
 KINDS: tuple[FaultKind, ...] = (
     "crash", "stop", "hang", "slow", "cut", "delay", "repeat", "drain", "wall_jump",
@@ -60,7 +58,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """`starts_s`: when each instance joins. `servers` outlive their connections (TCP); others belong to the front."""
+    """`starts_s`: when each instance joins. `servers` outlive their connections; others belong to the front."""
 
     seed: int
     servers: bool
@@ -85,7 +83,7 @@ def make_schedule(seed: int, *, policies: tuple[str, ...] = ("round-robin",)) ->
     rng = random.Random(seed)
     num_instances = rng.choice((1, 2, 2, 3, 3, 4))
     late = [rng.random() < 0.1 for _ in range(num_instances)]
-    starts = tuple(round(rng.uniform(0.1, 2.0), 3) if l else 0.0 for l in late)
+    starts = tuple(round(rng.uniform(0.1, 2.0), 3) if is_late else 0.0 for is_late in late)
     chunked = rng.random() < 0.85
     servers = rng.random() < 0.4
     return Schedule(
