@@ -15,7 +15,7 @@ from xllm.simulation.device import EOS, FULL, VOCAB_SIZE, WINDOW
 from xllm.types import KVGroup, RequestClass, SamplingParams
 
 Habit = Literal["read", "slow", "leave", "abort", "stall"]
-"""A client reads on, pauses after each delta, goes away, has its request aborted, or stops reading for long."""
+"""A client reads on, pauses after each delta, goes away, has its request aborted, or stops reading."""
 
 FaultKind = Literal["crash", "stop", "hang", "slow", "cut", "delay", "repeat", "drain", "wall_jump"]
 """crash: kill -9. stop: SIGSTOP, later SIGCONT. hang: a step that does not end, while the process lives."""
@@ -58,7 +58,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """`starts_s`: when each instance joins. `servers` outlive their connections; others belong to the front."""
+    """`starts_s`: when each instance joins. `servers` outlive their connections; others end with the front."""
 
     seed: int
     servers: bool
