@@ -17,11 +17,11 @@ from xllm.errors import CapacityError, InternalError, UnavailableError, XllmErro
 from xllm.service.admission import RETRY_AFTER_S
 from xllm.service.catalogue import Catalogue, no_instance
 from xllm.service.failover.blame import Blame, DeathCause
+from xllm.service.failover.decision import move_cost
 from xllm.service.failover.resume import MAX_REFUSALS, ResumeQueue, retry_delay_s
 from xllm.service.instances.instance import Instance
 from xllm.service.live import LiveRequest
-from xllm.service.placer import Placer
-from xllm.service.router.base import Placement
+from xllm.service.placer import Choice, Placer
 from xllm.service.snapshot import FrontObserver
 from xllm.service.stream import Delta
 from xllm.service.ticket import Ticket
@@ -68,25 +68,29 @@ class Dispatch:
 
     # -- a new request --------------------------------------------------------------------------------
 
-    def choose(self, spec: RequestSpec, candidates: Sequence[Instance]) -> tuple[Instance, Placement]:
-        """Where a new request goes. Raises CapacityError when all of `candidates` are full."""
+    def choose(self, spec: RequestSpec, candidates: Sequence[Instance]) -> Choice:
+        """Where a new request goes; `begin` or `decline` follows. Raises CapacityError when all are full."""
         chosen = self._placer.choose(spec, candidates)
         if chosen is None:
             message = "all instances of this model are full; try again later"
             raise CapacityError(message, retry_after_s=RETRY_AFTER_S)
         return chosen
 
-    def begin(self, live: LiveRequest, instance: Instance, placement: Placement) -> None:
+    def decline(self, request_id: str) -> None:
+        """What was chosen for a new request is not needed: it was not admitted."""
+        self._placer.settled(request_id)
+
+    def begin(self, live: LiveRequest, choice: Choice) -> None:
         """Take on a request that was admitted, and send it."""
-        ticket = Ticket(live, instance.card.model_id, self._next_age)
+        ticket = Ticket(live, choice.instance.card.model_id, self._next_age)
         self._next_age += 1
         self.tickets[live.request_id] = ticket
-        self._place(ticket, instance, placement, live.journal.spec)
+        self._place(ticket, choice, live.journal.spec)
 
     def end(self, live: LiveRequest, *, abort: bool) -> Ticket:
         """The request has ended; `abort` = its engine may not know."""
         ticket = self.tickets.pop(live.request_id)
-        instance = ticket.leave()
+        instance = self._leave(ticket)
         if instance is not None and abort:
             instance.post(Abort(request_id=live.request_id, attempt=live.journal.attempt))
         self._queue.drop(live.request_id)
@@ -115,7 +119,8 @@ class Dispatch:
         if ticket.answered:
             ticket.grow(len(delta.token_ids))
             return
-        ticket.answer(len(delta.token_ids))
+        ticket.answer()
+        self._placer.settled(ticket.live.request_id)
         if ticket.gap_from_s is not None:
             gap_s, ticket.gap_from_s = now_s - ticket.gap_from_s, None
             self._observer.on_resumed(ticket.live.request_id, ticket.last_name, gap_s)
@@ -124,7 +129,7 @@ class Dispatch:
 
     def _refused(self, ticket: Ticket, instance: Instance, error: XllmError) -> None:
         """The instance would not take it. Its client sees that only if nobody will and nothing has begun."""
-        ticket.leave()
+        self._leave(ticket)
         ticket.avoid = instance
         ticket.num_refusals += 1
         ticket.refused_by.add(instance.name)
@@ -146,11 +151,11 @@ class Dispatch:
         evicted = sorted((self.tickets[rid] for rid in instance.requests), key=lambda t: t.age)
         for ticket in evicted:
             request_id = ticket.live.request_id
-            ticket.leave()
+            self._leave(ticket)
             instance.post(Abort(request_id=request_id, attempt=ticket.journal.attempt))
             ticket.avoid = instance
             ticket.num_moves += 1
-            ticket.moved_from, ticket.moved_cause = instance.name, cause
+            ticket.moved_from, ticket.moved_cause = instance, cause
             if ticket.gap_from_s is None:
                 ticket.gap_from_s = ticket.last_s
             self.num_moves[cause] += 1
@@ -201,7 +206,11 @@ class Dispatch:
             return
         try:
             chosen = self._placer.choose(
-                journal.spec, open_, num_emitted=journal.num_committed, attempt=journal.attempt + 1
+                journal.spec,
+                open_,
+                emitted=journal.choices[0].tokens,
+                num_emitted=journal.num_committed,
+                attempt=journal.attempt + 1,
             )
         except Exception:
             # A policy's bug, or a user's policy: it costs this request, never the others that wait.
@@ -210,10 +219,9 @@ class Dispatch:
             return
         if chosen is None:
             return
-        instance, placement = chosen
-        self._queue.took_over(request_id, instance.name, at_risk=at_risk)
-        self._note_class(ticket, instance)
-        self._place(ticket, instance, placement, ticket.live.begin_attempt())
+        self._queue.took_over(request_id, chosen.instance.name, at_risk=at_risk)
+        self._note_class(ticket, chosen.instance)
+        self._place(ticket, chosen, ticket.live.begin_attempt())
 
     def _note_class(self, ticket: Ticket, instance: Instance) -> None:
         """Tokens of another class, or of one that promises nothing, may go on differently: say so."""
@@ -228,28 +236,40 @@ class Dispatch:
                 instance.name,
             )
 
-    def _place(self, ticket: Ticket, instance: Instance, placement: Placement, spec: RequestSpec) -> None:
-        now_s = self._clock.monotonic_s()
-        ticket.enter(instance)
+    def _leave(self, ticket: Ticket) -> Instance | None:
+        self._placer.settled(ticket.live.request_id)
+        return ticket.leave()
+
+    def _place(self, ticket: Ticket, choice: Choice, spec: RequestSpec) -> None:
+        instance = choice.instance
+        ticket.enter(instance, choice.num_matched)
         ticket.numerics_class = instance.card.numerics_class
         instance.post(Submit(spec=spec))
-        self._observer.on_placed(spec.request_id, placement, spec.attempt)
-        if ticket.moved_from:
-            source, ticket.moved_from = ticket.moved_from, ""
-            gap_s = now_s - ticket.last_s
-            decisions.info(
-                "move request=%s from=%s to=%s attempt=%d cause=%s gap_ms=%.0f recompute_tokens=%d",
-                spec.request_id,
-                source,
-                instance.name,
-                spec.attempt,
-                ticket.moved_cause,
-                gap_s * 1000,
-                ticket.num_tokens,
-            )
-            self._observer.on_moved(
-                spec.request_id, source, instance.name, ticket.moved_cause, gap_s, ticket.num_tokens
-            )
+        self._observer.on_placed(spec.request_id, choice.placement, spec.attempt)
+        source = ticket.moved_from
+        if source is None:
+            return
+        ticket.moved_from = None
+        gap_s = self._clock.monotonic_s() - ticket.last_s
+        cost = move_cost(
+            ticket.num_tokens,
+            choice.num_matched,
+            instance.snapshot.cost,
+            source_alive=source.alive and not source.suspect,
+        )
+        decisions.info(
+            "move request=%s from=%s to=%s attempt=%d cause=%s gap_ms=%.0f: %s",
+            spec.request_id,
+            source.name,
+            instance.name,
+            spec.attempt,
+            ticket.moved_cause,
+            gap_s * 1000,
+            cost,
+        )
+        self._observer.on_moved(
+            spec.request_id, source.name, instance.name, ticket.moved_cause, gap_s, cost.recompute_tokens
+        )
 
 
 def _preferred(ticket: Ticket, candidates: Sequence[Instance]) -> Sequence[Instance]:

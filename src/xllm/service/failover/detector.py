@@ -121,8 +121,9 @@ class Detector:
         watched.told = pulse.predicted_ms > 0 or pulse.layer > 0
         rest_s = (pulse.predicted_ms - pulse.step_age_ms) / 1000
         watched.rest_s = rest_s if pulse.busy and 0 < rest_s < math.inf else 0.0
-        if watched.rest_s > 0:
-            watched.span_s = max(watched.span_s, watched.rest_s + now_s - watched.progress_s)
+        if watched.rest_s > 0 and not watched.span_s:
+            # Once per progress: a peer that always says "nearly done" does not put its deadline off.
+            watched.span_s = watched.rest_s + now_s - watched.progress_s
 
     # -- what follows -------------------------------------------------------------------------------
 
