@@ -18,6 +18,7 @@ from xllm.simulation.schedule import make_schedule
 from xllm.simulation.shrink import describe, shrink
 
 PROGRESS_EVERY_S = 10.0
+MAX_FAILED = 20
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,6 +51,9 @@ def many(seeds: range) -> int:
         if report.wrong:
             failed.append(seed)
             print(f"FAILED {reproduce(report)}", flush=True)
+            if len(failed) >= MAX_FAILED:
+                print(f"gave up at seed {seed} after {MAX_FAILED} failures")
+                break
         codes.update(report.error_codes)
         totals.update(
             requests=report.num_requests,

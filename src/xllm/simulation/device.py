@@ -14,7 +14,7 @@ import xxhash
 
 from xllm.clock import Clock
 from xllm.config import SchedulerConfig
-from xllm.cost import CostFitter, StepCost, attention_work
+from xllm.cost import StepCost, attention_work
 from xllm.engine.core import EngineCore
 from xllm.engine.executor import InProcExecutor
 from xllm.engine.memory.manager import PageManager
@@ -155,7 +155,7 @@ def build_device(
         num_pages=num_pages * len(groups),
     )
     return Device(
-        core=EngineCore(card, scheduler, memory, executor, clock, fitter=CostFitter()),
+        core=EngineCore(card, scheduler, memory, executor, clock),
         memory=memory,
         executor=executor,
         card=card,

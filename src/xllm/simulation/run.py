@@ -64,8 +64,8 @@ class EventLog:
         return self._hash.hexdigest()
 
 
-def run_seed(seed: int, *, policies: tuple[str, ...] = ("round-robin",)) -> Report:
-    return run_schedule(make_schedule(seed, policies=policies))
+def run_seed(seed: int) -> Report:
+    return run_schedule(make_schedule(seed))
 
 
 def run_schedule(schedule: Schedule, on_line: Callable[[str], None] | None = None) -> Report:
@@ -125,7 +125,7 @@ class _Run:
         await asyncio.wait(readers, timeout=END_AFTER_S)
         failures = [str(t.exception()) for t in readers if t.done() and t.exception() is not None]
         failures += [repr(t.exception()) for t in side if t.done() and t.exception() is not None]
-        engine_faults = await _quiet(cluster)
+        engine_faults = [*await _quiet(cluster), *_index_faults(cluster)]
         record = Record(
             outcomes=[c.outcome for c in clients],
             front=cluster.front.snapshot(),
@@ -170,6 +170,19 @@ async def _quiet(cluster: SimCluster) -> list[str]:
             break
         await asyncio.sleep(0.25)
     return [f"{e.name}: {what}" for e in cluster.processes if e.alive for what in _held(e)]
+
+
+def _index_faults(cluster: SimCluster) -> list[str]:
+    """Where the front's picture of pages differs from the pages, now that nothing moves any more."""
+    index = cluster.front.kv_index
+    index.check()
+    alive = {i.name for i in cluster.front.snapshot().instances if i.alive}
+    found = [f"the index still knows pages of {n}" for n in index.instances() if n not in alive]
+    for name in sorted(alive):
+        engine = cluster.engines[name]
+        if engine.alive and index.digests(name) != frozenset(engine.device.core.page_names()):
+            found.append(f"the index does not know the pages of {engine.name}")
+    return found
 
 
 def _held(engine: SimEngine) -> list[str]:

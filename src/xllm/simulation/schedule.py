@@ -78,8 +78,11 @@ class Schedule:
         return max([*self.starts_s, *(r.at_s for r in self.requests), *ends])
 
 
-def make_schedule(seed: int, *, policies: tuple[str, ...] = ("round-robin",)) -> Schedule:
-    """The schedule of a seed; `policies` are the router policies to draw from."""
+POLICIES = ("round-robin", "least-load", "cache-aware", "slo-aware")
+
+
+def make_schedule(seed: int) -> Schedule:
+    """The schedule of a seed: every number in it is drawn from that."""
     rng = random.Random(seed)
     num_instances = rng.choice((1, 2, 2, 3, 3, 4))
     late = [rng.random() < 0.1 for _ in range(num_instances)]
@@ -102,7 +105,7 @@ def make_schedule(seed: int, *, policies: tuple[str, ...] = ("round-robin",)) ->
         step_time=StepCost((rng.choice((2.0, 20.0, 60.0)), 0.1, 0.0002, 0.15, 0.0005)),
         latency_s=rng.choice((0.00005, 0.0005, 0.005)),
         front=FrontConfig(
-            router_policy=rng.choice(policies),
+            router_policy=rng.choice(POLICIES),
             stream_buffer_tokens=rng.choice((8, 32, 4096)),
             max_resumes=rng.choice((1, 2, 8)),
         ),
