@@ -27,6 +27,8 @@ END_AFTER_S = 400.0
 """Virtual seconds after the schedule's last event within which every request must have ended."""
 HEAD_START_S = 0.5
 """Instances that start at 0 have this long before the first request."""
+SETTLE_S = 2.5
+"""Afterwards, for what is still on its way."""
 QUIET_AFTER_S = 60.0
 """Virtual seconds after the last request within which every engine must be idle."""
 
@@ -169,6 +171,7 @@ async def _quiet(cluster: SimCluster) -> list[str]:
         if all(not e.device.core.has_requests for e in cluster.processes if e.alive):
             break
         await asyncio.sleep(0.25)
+    await asyncio.sleep(SETTLE_S)
     return [f"{e.name}: {what}" for e in cluster.processes if e.alive for what in _held(e)]
 
 
