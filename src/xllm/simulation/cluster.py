@@ -144,7 +144,7 @@ class SimCluster:
 
     def _cause(self, engine: SimEngine) -> str:
         """What a supervisor finds out by waiting for the process or looking at it."""
-        if engine.failure is not None:
+        if engine.died_of_request or engine.failure is not None:
             return "crash"
         if engine.stopped:
             return "stopped"

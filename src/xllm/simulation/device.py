@@ -28,6 +28,8 @@ from xllm.types import KVGroup, KVLayout, ModelCard
 
 VOCAB_SIZE = 264
 EOS = 2
+POISON = VOCAB_SIZE - 1
+"""A prompt that begins with this token kills the engine that computes it."""
 MAX_MODEL_LEN = 512
 NUMERICS_CLASS = "simulated"
 
@@ -73,6 +75,10 @@ class SimRunner(NullRunner):
         return msgspec.structs.replace(known, seq_id=entry.seq_id)
 
 
+class DeviceLostError(Exception):
+    """A request took the device down, and the process with it."""
+
+
 class SimExecutor(InProcExecutor):
     """Runs a step at once and says how long it would have taken."""
 
@@ -83,6 +89,8 @@ class SimExecutor(InProcExecutor):
         self.last_step_ms = 0.0
 
     def execute(self, plan: StepPlan) -> StepResult:
+        if any(entry.start == 0 and entry.tokens[0] == POISON for entry in plan.sequences):
+            raise DeviceLostError
         result = super().execute(plan)
         self.last_step_ms = self.slowdown * planned_ms(self._step_time, plan)
         return msgspec.structs.replace(result, elapsed_ms=self.last_step_ms)

@@ -15,7 +15,7 @@ from xllm.engine.core import EngineCore
 from xllm.engine.hub import pulse_of
 from xllm.engine.loop import HEARTBEAT_S, EngineLoop
 from xllm.engine.port import Item, Port
-from xllm.simulation.device import ASSETS, Device
+from xllm.simulation.device import ASSETS, Device, DeviceLostError
 from xllm.simulation.link import EngineEnd, SimStream, connect
 from xllm.wire.messages import (
     PULSE_S,
@@ -87,7 +87,7 @@ class VirtualEngineLoop(EngineLoop):
         ran = False
         while True:
             if not ran:
-                await self._await_message()
+                await self._await_message(may_run)
             await may_run.wait()
             if not self._take_messages(may_wait=False):
                 break
@@ -99,7 +99,7 @@ class VirtualEngineLoop(EngineLoop):
                 break
         self._finish()
 
-    async def _await_message(self) -> None:
+    async def _await_message(self, may_run: asyncio.Event) -> None:
         """Until there is one; on each heartbeat without one the fronts are told that nothing happens."""
         self._core.progress.busy = False
         inbox = self._virtual_inbox
@@ -109,6 +109,7 @@ class VirtualEngineLoop(EngineLoop):
                 async with asyncio.timeout(HEARTBEAT_S):
                     await inbox.arrived.wait()
             except TimeoutError:
+                await may_run.wait()
                 self._tell_all(self._fronts.values())
                 if self._drain_end_s is not None:
                     return
@@ -127,6 +128,7 @@ class SimEngine:
         self.alive = True
         self.stopped = False
         self.exited_in_order = False
+        self.died_of_request = False
         self.failure: Exception | None = None
         self.server = server
         self._latency_s = latency_s
@@ -216,6 +218,8 @@ class SimEngine:
             loop = VirtualEngineLoop(device.core, ASSETS, self._inbox, ready, parent)
             await loop.run_virtually(self._may_run, self._take_time)
             self.exited_in_order = True
+        except DeviceLostError:
+            self.died_of_request = True
         except Exception as error:  # noqa: BLE001 - a bug of the engine's; whoever simulates must see it
             self.failure = error
         finally:

@@ -45,7 +45,7 @@ class FaultPlayer:
             return
         self.num_hit += 1
         self._log(fault.kind, name)
-        self._timeline.fault(name, self._loop.time(), fault.kind)
+        self._timeline.fault(name, self._loop.time(), fault.kind, fault.lasts_s)
         await self._inflict(fault, name, engine)
 
     async def _inflict(self, fault: Fault, name: str, engine: SimEngine) -> None:

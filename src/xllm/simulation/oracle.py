@@ -10,8 +10,10 @@ from collections.abc import Iterable
 from xllm.service.failover.blame import QUARANTINE_AT
 from xllm.simulation.client import Outcome
 from xllm.simulation.golden import ChoiceOutput, Output, joined
-from xllm.simulation.record import Record
+from xllm.simulation.record import QUIET_BEFORE_S, Record, SeenFault
 
+DETECT_S = {"crash": 0.3, "stop": 3.0}
+"""A crash by EOF; silence by the rule's floor of 2 s, a pulse's interval and a tick of the guard."""
 CLOCK_SLACK_S = 0.002
 """A timer fires at least a tick after its time (`LiveRequest._arm`)."""
 
@@ -38,6 +40,9 @@ def _request(outcome: Outcome, record: Record) -> Iterable[str]:
         return
     if (ends := record.num_ended.get(outcome.spec.request_id, 0)) != 1:
         yield f"the front ended it {ends} times"
+    if outcome.request.is_poison:
+        yield from _poison(outcome, record)
+        return
     got = joined(outcome.deltas, outcome.spec.params.n)
     golden = record.golden(outcome.spec)
     if outcome.error is None and not outcome.left:
@@ -46,6 +51,17 @@ def _request(outcome: Outcome, record: Record) -> Iterable[str]:
     yield from _partial(got, golden)
     if outcome.error is not None and not _error_deserved(outcome, record):
         yield f"ended with {outcome.error.code} for no reason: {outcome.error.message}"
+
+
+def _poison(outcome: Outcome, record: Record) -> Iterable[str]:
+    """It kills whoever computes it: nothing may come of it, and it must not go on for ever."""
+    if outcome.deltas:
+        yield "gave output, though no engine survives it"
+    if outcome.error is None and not outcome.left:
+        yield "ended well, though no engine survives it"
+    elif outcome.error is not None and outcome.error.code != "request_quarantined":
+        if not _error_deserved(outcome, record):
+            yield f"ended with {outcome.error.code}, not by quarantine"
 
 
 def _complete(outcome: Outcome, got: Output, golden: Output) -> Iterable[str]:
@@ -126,3 +142,33 @@ def _leftovers(record: Record) -> Iterable[str]:
         if instance.num_requests:
             yield f"{instance.name} is still listed with {instance.num_requests} requests"
     yield from record.engine_faults
+    yield from _missed(record)
+    yield from _false_suspicions(record)
+
+
+def _missed(record: Record) -> Iterable[str]:
+    """Faults that hit an undisturbed instance and were not found out in time."""
+    for fault in record.timeline.faults:
+        limit_s = DETECT_S.get(fault.kind)
+        lasted_s = float("inf") if fault.kind == "crash" else fault.lasts_s or 0.0
+        if not fault.quiet or limit_s is None or lasted_s < limit_s or _joined_by_another(fault, record):
+            continue
+        if fault.at_s + limit_s > record.ended_s:
+            continue
+        if not any(
+            d.name == fault.name and fault.at_s <= d.at_s <= fault.at_s + limit_s for d in record.detections
+        ):
+            yield f"the {fault.kind} of {fault.name} at {fault.at_s:.3f} was not found out in {limit_s:g} s"
+
+
+def _joined_by_another(fault: SeenFault, record: Record) -> bool:
+    """Another fault of the same instance in the meantime makes the limit meaningless."""
+    others = (f for f in record.timeline.faults if f is not fault and f.name == fault.name)
+    return any(fault.at_s <= f.at_s <= fault.at_s + DETECT_S[fault.kind] for f in others)
+
+
+def _false_suspicions(record: Record) -> Iterable[str]:
+    for found in record.detections:
+        start_s = found.at_s - QUIET_BEFORE_S
+        if found.state == "suspect" and record.timeline.usable_throughout(found.name, start_s, found.at_s):
+            yield f"{found.name} was suspected ({found.reason}) at {found.at_s:.3f} for no reason"

@@ -21,11 +21,12 @@ from xllm.types import RequestSpec
 class Observer(NullObserver):
     """Counts endings, and tells the event log."""
 
-    def __init__(self, log: Callable[..., None]) -> None:
+    def __init__(self, log: Callable[..., None], now_s: Callable[[], float]) -> None:
         self.num_ended: Counter[str] = Counter()
         self.gaps_s: list[float] = []
-        self.detections: list[tuple[str, str, str, float]] = []
+        self.detections: list[Detection] = []
         self._log = log
+        self._now_s = now_s
 
     def on_delta(self, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
         self._log("delta", delta.choice, delta.token_ids, delta.text, delta.finish_reason)
@@ -48,7 +49,32 @@ class Observer(NullObserver):
     def on_instance(self, name: str, state: InstanceState, reason: str, detect_s: float) -> None:
         self._log("instance", name, state, reason, round(detect_s, 6))
         if state in ("lost", "suspect"):
-            self.detections.append((name, state, reason, detect_s))
+            self.detections.append(Detection(self._now_s(), name, state, reason))
+
+
+QUIET_BEFORE_S = 3.0
+"""After a disturbance an instance is expected to be as good as new this long."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeenFault:
+    """A fault that hit. `quiet`: the instance was undisturbed before it."""
+
+    at_s: float
+    name: str
+    kind: str
+    lasts_s: float | None
+    quiet: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """The front called an instance lost or suspect."""
+
+    at_s: float
+    name: str
+    state: InstanceState
+    reason: str
 
 
 class Timeline:
@@ -56,7 +82,7 @@ class Timeline:
 
     def __init__(self) -> None:
         self.num_losses = 0
-        self.faults: list[tuple[float, str, str]] = []
+        self.faults: list[SeenFault] = []
         self._up: dict[str, bool] = {}
         self._num_bad: Counter[str] = Counter()
         self._usable: dict[str, list[tuple[float, bool]]] = {}
@@ -72,8 +98,9 @@ class Timeline:
         self._num_bad[name] += change
         self._note(name, now_s)
 
-    def fault(self, name: str, now_s: float, kind: str) -> None:
-        self.faults.append((now_s, name, kind))
+    def fault(self, name: str, now_s: float, kind: str, lasts_s: float | None) -> None:
+        quiet = self.usable_throughout(name, now_s - QUIET_BEFORE_S, now_s)
+        self.faults.append(SeenFault(now_s, name, kind, lasts_s, quiet))
         if kind in ("crash", "cut", "drain"):
             self._up[name] = False
             self._note(name, now_s)
@@ -81,11 +108,14 @@ class Timeline:
     @property
     def blame(self) -> float:
         """The most that the faults so far can have weighed against an innocent request (failover.blame)."""
-        return sum(_BLAME.get(kind, 0.5) for _, _, kind in self.faults)
+        return sum(_BLAME.get(fault.kind, 0.5) for fault in self.faults)
 
     def throughout(self, start_s: float, end_s: float) -> bool:
         """Whether some instance was usable all the time between the two."""
-        return any(_throughout(changes, start_s, end_s) for changes in self._usable.values())
+        return any(self.usable_throughout(name, start_s, end_s) for name in self._usable)
+
+    def usable_throughout(self, name: str, start_s: float, end_s: float) -> bool:
+        return _throughout(self._usable.get(name, []), start_s, end_s)
 
     def _note(self, name: str, now_s: float) -> None:
         usable = self._up.get(name, False) and not self._num_bad[name]
@@ -116,6 +146,8 @@ class Record:
     golden: Callable[[RequestSpec], Output]
     engine_faults: list[str]
     timeline: Timeline = field(default_factory=Timeline)
+    detections: list[Detection] = field(default_factory=list)
+    ended_s: float = 0.0
     settle_s: float = 1.0
     may_be_full: bool = False
     recovery_grace_s: float = 30.0

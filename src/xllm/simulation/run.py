@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from xllm import ids
-from xllm.simulation.client import Client
+from xllm.simulation.client import Client, Outcome
 from xllm.simulation.cluster import EngineShape, SimCluster
 from xllm.simulation.device import Draws
 from xllm.simulation.engine import SimEngine
@@ -46,6 +46,7 @@ class Report:
     num_losses: int
     virtual_s: float
     error_codes: tuple[str, ...] = ()
+    gaps_s: tuple[float, ...] = ()
 
 
 class EventLog:
@@ -93,7 +94,7 @@ class _Run:
         begun_s = loop.time()
         origin_s = begun_s + HEAD_START_S
         log = EventLog(loop, keep=self._on_line is not None)
-        observer = Observer(log)
+        observer = Observer(log, loop.time)
         shape = EngineShape(
             num_pages=schedule.num_pages,
             groups=schedule.groups,
@@ -135,6 +136,8 @@ class _Run:
             golden=lambda spec: golden_output(spec, schedule.groups, self._draws),
             engine_faults=engine_faults,
             timeline=timeline,
+            detections=observer.detections,
+            ended_s=loop.time(),
             may_be_full=_may_be_full(schedule),
             recovery_grace_s=schedule.front.recovery_grace_s,
         )
@@ -155,12 +158,15 @@ class _Run:
             num_completed=sum(o.error is None and o.refused is None and not o.left for o in record.outcomes),
             num_losses=timeline.num_losses,
             virtual_s=loop.time() - begun_s,
-            error_codes=tuple(
-                f"refused:{o.refused.code}" if o.refused else o.error.code
-                for o in record.outcomes
-                if o.refused or o.error
-            ),
+            error_codes=tuple(code for o in record.outcomes if (code := _code(o)) is not None),
+            gaps_s=tuple(observer.gaps_s),
         )
+
+
+def _code(outcome: Outcome) -> str | None:
+    if outcome.refused is not None:
+        return f"refused:{outcome.refused.code}"
+    return None if outcome.error is None else outcome.error.code
 
 
 async def _quiet(cluster: SimCluster) -> list[str]:

@@ -6,12 +6,12 @@ Plain values, so that a failing schedule can be printed, shrunk and run again. N
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from xllm.config import FrontConfig, SchedulerConfig
 from xllm.cost import StepCost
-from xllm.simulation.device import EOS, FULL, VOCAB_SIZE, WINDOW
+from xllm.simulation.device import EOS, FULL, POISON, VOCAB_SIZE, WINDOW
 from xllm.types import KVGroup, RequestClass, SamplingParams
 
 Habit = Literal["read", "slow", "leave", "abort", "stall"]
@@ -40,6 +40,10 @@ class SimRequest:
     habit: Habit = "read"
     after: int = 0
     pause_s: float = 0.0
+
+    @property
+    def is_poison(self) -> bool:
+        return self.prompt[0] == POISON
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +120,12 @@ def make_schedule(seed: int) -> Schedule:
 
 def _requests(rng: random.Random) -> tuple[SimRequest, ...]:
     prefixes = [_tokens(rng, rng.randint(60, 200)) for _ in range(2)]
-    return tuple(_request(rng, prefixes) for _ in range(rng.randint(1, 12)))
+    requests = [_request(rng, prefixes) for _ in range(rng.randint(1, 12))]
+    if rng.random() < 0.06:
+        chosen = rng.randrange(len(requests))
+        poisoned = replace(requests[chosen], prompt=(POISON, *requests[chosen].prompt))
+        requests[chosen] = poisoned
+    return tuple(requests)
 
 
 def _request(rng: random.Random, prefixes: list[tuple[int, ...]]) -> SimRequest:
@@ -137,7 +146,7 @@ def _request(rng: random.Random, prefixes: list[tuple[int, ...]]) -> SimRequest:
 
 
 def _tokens(rng: random.Random, count: int) -> tuple[int, ...]:
-    return tuple(rng.randrange(3, VOCAB_SIZE) for _ in range(count))
+    return tuple(rng.randrange(3, POISON) for _ in range(count))
 
 
 def _params(rng: random.Random) -> SamplingParams:
@@ -174,14 +183,8 @@ def _faults(rng: random.Random, num_instances: int, servers: bool) -> tuple[Faul
     if len(faults) > 1 and rng.random() < 0.3:
         # Two at one instant.
         first, second, *rest = faults
-        faults = [first, _at(second, first.at_s), *rest]
+        faults = [first, replace(second, at_s=first.at_s), *rest]
     return tuple(sorted(faults, key=lambda f: (f.at_s, f.instance, f.kind)))
-
-
-def _at(fault: Fault, at_s: float) -> Fault:
-    return Fault(
-        at_s=at_s, kind=fault.kind, instance=fault.instance, lasts_s=fault.lasts_s, amount=fault.amount
-    )
 
 
 def _fault(rng: random.Random, num_instances: int, servers: bool) -> Fault:
