@@ -77,6 +77,7 @@ class EngineLoop:
 
     def run(self) -> None:
         """Until stopped, drained, or the parent is gone. Every accepted request has ended then."""
+        self._kv.tell(may_wait=False)
         ran = False
         while self._take_messages(may_wait=not ran):
             ran = self._core.advance()

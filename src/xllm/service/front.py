@@ -285,7 +285,8 @@ class Front:
         idle = [i.state for i in instances if i.card.model_id not in served]
         if not idle:
             return True, "ready"
-        return False, next((f"engine_{state}" for state in ("lost", "suspect") if state in idle), "loading")
+        words = ("lost", "suspect", "draining")
+        return False, next((f"engine_{state}" for state in words if state in idle), "loading")
 
     def check_times(self) -> None:
         """Apply all time limits now. Requests and guard have timers; tests with a fake clock have this."""

@@ -84,6 +84,7 @@ class VirtualEngineLoop(EngineLoop):
 
     async def run_virtually(self, may_run: asyncio.Event, take_time: Callable[[], Awaitable[None]]) -> None:
         """`EngineLoop.run`; a step's results leave when `take_time` is over."""
+        self._kv.tell(may_wait=False)
         ran = False
         while True:
             if not ran:

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from tests.null.service.conftest import (
+    ASSETS,
     House,
     byte_ids,
     collect,
@@ -18,13 +19,21 @@ from tests.null.service.conftest import (
     turns,
 )
 from xllm.config import FrontConfig
-from xllm.errors import AbortedError, CapacityError, DeadlineError, ErrorInfo, InternalError, UnavailableError
+from xllm.errors import (
+    AbortedError,
+    CapacityError,
+    DeadlineError,
+    ErrorInfo,
+    InternalError,
+    RequestError,
+    UnavailableError,
+)
 from xllm.service.front import Front
 from xllm.service.instances.about import InstanceAbout
 from xllm.service.live import LiveRequest
 from xllm.service.router.base import Placement
 from xllm.service.snapshot import NullObserver, RequestRecord
-from xllm.testing.fake_engine import SampleEngine
+from xllm.testing.fake_engine import SampleEngine, sample_card
 from xllm.types import FinishReason, RequestSpec
 from xllm.wire.messages import Abort, Frame, KvDelta, KvSync, Pulse, Stats, Submit
 
@@ -454,6 +463,52 @@ async def test_when_all_refuse_a_new_request_is_refused_and_a_begun_one_waits(ho
     full.refusal = None
     house.pass_time(2.0)
     assert text_of(await collect(begun)) == SCRIPT
+
+
+async def test_an_engine_that_gives_a_request_up_unasked_is_not_believed_to_have_ended_it(
+    house: House,
+) -> None:
+    old = await house.engine(auto=False, script=say(SCRIPT))
+    stream = await started(house, old, 3)
+    await house.engine(script=say(SCRIPT))
+    old.say(Frame(request_id=stream.request_id, finish_reason=FinishReason.ABORT, last=True))
+    assert text_of(await collect(stream)) == SCRIPT
+    assert house.front.snapshot().num_moves == {"given_up": 1}
+
+
+async def test_what_an_engine_had_begun_a_smaller_one_may_refuse(house: House) -> None:
+    doomed = await house.engine(auto=False, script=say(SCRIPT))
+    first, second = await started(house, doomed, 3), await started(house, doomed, 3)
+    small = await house.engine(auto=False)
+    small.refusal = ErrorInfo(kind="RequestError", code="context_length_exceeded", message="too long")
+    large = await house.engine(script=say(SCRIPT))
+    doomed.crash()
+    assert text_of(await collect(first)) == text_of(await collect(second)) == SCRIPT
+    assert {s.attempt for s in specs(large)} == {1, 2}
+
+
+async def test_when_only_a_smaller_engine_is_left_its_word_is_the_last(house: House) -> None:
+    doomed = await house.engine(auto=False, script=say(SCRIPT))
+    stream = await started(house, doomed, 3)
+    small = await house.engine(auto=False)
+    small.refusal = ErrorInfo(kind="RequestError", code="context_length_exceeded", message="too long")
+    doomed.crash()
+    deltas, error = await outcome(stream)
+    assert isinstance(error, RequestError)
+    assert text_of(deltas) == SCRIPT[:3]
+
+
+async def test_a_request_goes_where_its_length_fits(house: House) -> None:
+    short, long = (
+        SampleEngine(sample_card(ASSETS, max_model_len=length), ASSETS, auto=False) for length in (64, 1024)
+    )
+    house.engines += [short, long]
+    for name, engine in (("z-short", short), ("a-long", long)):
+        await house.front.add_instance(engine.stream, engine.card, name=name)
+    for _ in range(3):
+        await house.submit(max_tokens=100)
+    assert len(await long.saw(Submit, 3)) == 3
+    assert specs(short) == []
 
 
 # -- drain and removal --------------------------------------------------------------------------------

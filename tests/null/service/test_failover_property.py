@@ -78,8 +78,10 @@ class World:
             self.frozen.setdefault(name, [engine_frame(engine, rid) for rid in engine.request_ids])
             await self.wait(2.6)
         elif action == "wake" and name in self.frozen:
-            # It had these under way when it fell asleep; most of them are nobody's any more.
-            engine.say(*self.frozen.pop(name))
+            # What it had under way when it fell asleep. Lies, so they show unless they are dropped; what is
+            # still its own (it woke before anybody noticed) it does not lie about.
+            own = {(r.spec.request_id, r.spec.attempt) for r in engine._requests.values()}
+            engine.say(*(f for f in self.frozen.pop(name) if (f.request_id, f.attempt) not in own))
         elif action == "refuse":
             engine.refusal = FULL
         elif action == "accept":
@@ -185,6 +187,8 @@ def check(world: World) -> None:
             assert error.code in ("queue_full", "no_healthy_instance")
     assert snapshot.num_accepted == sum(snapshot.num_ended.values()) == len(world.readers)
     assert snapshot.num_waiting == snapshot.num_inflight_reqs == snapshot.num_inflight_tokens == 0
+    for name, engine in world.alive.items():
+        assert engine.request_ids == (), f"{name} works on what is nobody's"
     for instance in snapshot.instances:
         assert (instance.num_requests, instance.backlog_tokens, instance.context_tokens) == (0, 0, 0)
 
@@ -200,6 +204,7 @@ async def play(actions: list[tuple[str, int]], max_resumes: int) -> None:
         await world.settle()
     await world.finish()
     await asyncio.gather(*(reader for _, reader in world.readers))
+    await world.settle()
     check(world)
     await world.house.front.close()
     for engine in world.house.engines:
