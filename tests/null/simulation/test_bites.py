@@ -13,7 +13,6 @@ from xllm.engine.memory.manager import PageManager
 from xllm.engine.scheduler.scheduler import Scheduler
 from xllm.service.dispatch import Dispatch
 from xllm.service.failover.detector import Detector
-from xllm.service.failover.resume import ResumeQueue
 from xllm.service.instances.instance import Instance
 from xllm.service.journal import RequestJournal
 from xllm.service.placer import Placer
