@@ -59,9 +59,10 @@ def _poison(outcome: Outcome, record: Record) -> Iterable[str]:
         yield "gave output, though no engine survives it"
     if outcome.error is None and not outcome.left:
         yield "ended well, though no engine survives it"
-    elif outcome.error is not None and outcome.error.code != "request_quarantined":
-        if not _error_deserved(outcome, record):
-            yield f"ended with {outcome.error.code}, not by quarantine"
+    error = outcome.error
+    if error is None or error.code == "request_quarantined" or _error_deserved(outcome, record):
+        return
+    yield f"ended with {error.code}, not by quarantine"
 
 
 def _complete(outcome: Outcome, got: Output, golden: Output) -> Iterable[str]:
@@ -138,9 +139,12 @@ def _leftovers(record: Record) -> Iterable[str]:
         yield f"{snapshot.num_accepted} accepted, but ended: {snapshot.num_ended}"
     if snapshot.num_divergences:
         yield f"{snapshot.num_divergences} frames contradicted the log"
+    if snapshot.num_waiting:
+        yield f"{snapshot.num_waiting} requests still wait for an instance"
     for instance in snapshot.instances:
-        if instance.num_requests:
-            yield f"{instance.name} is still listed with {instance.num_requests} requests"
+        load = (instance.num_requests, instance.backlog_tokens, instance.context_tokens)
+        if any(load):
+            yield f"{instance.name} is still charged with (requests, backlog, context) {load}"
     yield from record.engine_faults
     yield from _missed(record)
     yield from _false_suspicions(record)
