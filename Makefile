@@ -6,6 +6,7 @@ MODEL  ?= smollm2
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 PEERS  ?= .peers
+SEEDS  ?= 0:10000
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -15,7 +16,7 @@ TEST_STAMP := $(VENV)/.xllm-test-setup
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test-setup kernels model serve test lint null reference native integration robustness exactness sanitize bench-ttft bench-serve bench-client bench-overhead bench-routing bench-routing-live bench-peers bench-compare bench-rates bench-step bench-perplexity soak freeze clean
+.PHONY: help setup test-setup kernels model serve test lint null reference native integration robustness simulate exactness sanitize bench-ttft bench-serve bench-client bench-overhead bench-routing bench-routing-live bench-peers bench-compare bench-rates bench-step bench-perplexity soak freeze clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -83,6 +84,10 @@ sanitize: test-setup  ## the native code and its tests under address, undefined-
 
 soak: test-setup kernels model  ## ten minutes of mixed native load with aborts: memory flat, pages conserved, replays equal
 	@$(BIN)/python -m benchmarks.soak --model $(MODEL) $(ARGS)
+
+# SEEDS: first:last+1. A failing one is printed with the command that shows it again.
+simulate: test-setup  ## random fault schedules on a virtual clock: 10,000 unless SEEDS says otherwise
+	@$(BIN)/python -m xllm.simulation --seeds $(SEEDS) --jobs 2
 
 bench-ttft: setup  ## time to first token of the default model, served locally
 	@$(BIN)/python benchmarks/ttft.py --model $(MODEL)

@@ -185,7 +185,7 @@ class Hub:
                 # One that was told to leave has been counted already, if it was at fault.
                 self._drop(link, None if link.deaf_since_s is not None else late, "its time is over")
             elif link.session.pulsing and progress is not None and not link.session.backlog_bytes:
-                link.session.send(_pulse(progress, now_s))
+                link.session.send(pulse_of(progress, now_s))
                 self._settle(link)
             else:
                 self._settle(link)
@@ -285,7 +285,8 @@ class Hub:
             self._wake_send.send(b"\0")
 
 
-def _pulse(progress: StepProgress, now_s: float) -> Pulse:
+def pulse_of(progress: StepProgress, now_s: float) -> Pulse:
+    """What a front is told of the step that runs."""
     busy = progress.busy
     return Pulse(
         step=progress.turn,

@@ -81,15 +81,23 @@ class EngineLoop:
 
     def run(self) -> None:
         """Until stopped, drained, or the parent is gone. Every accepted request has ended then."""
+        self._kv.tell(may_wait=False)
         ran = False
         while self._take_messages(may_wait=not ran):
             ran = self._core.advance()
-            self._send_outputs()
-            self._kv.tell(may_wait=ran)
-            if self._leaving:
-                self._let_go()
-            if self._drain_end_s is not None and self._is_drained(self._drain_end_s):
+            if not self._publish(ran):
                 break
+        self._finish()
+
+    def _publish(self, ran: bool) -> bool:
+        """Send what came due; False = drained, and it ends."""
+        self._send_outputs()
+        self._kv.tell(may_wait=ran)
+        if self._leaving:
+            self._let_go()
+        return self._drain_end_s is None or not self._is_drained(self._drain_end_s)
+
+    def _finish(self) -> None:
         self._core.abort_all()
         self._core.advance()
 
