@@ -18,7 +18,6 @@ from xllm.artifacts.resolve import resolve, resolve_assets
 from xllm.artifacts.source import ModelSource
 from xllm.clock import Clock, SystemClock
 from xllm.config import EngineConfig
-from xllm.cost import CostFitter
 from xllm.engine.core import EngineCore
 from xllm.engine.executor import InProcExecutor
 from xllm.engine.memory.manager import PageManager
@@ -117,7 +116,6 @@ def build_engine(
         executor,
         clock,
         lambda: runner.program_counters,
-        fitter=CostFitter(),
         progress=StepProgress(lambda: runner.finished_layers),
     )
     kept: tuple[str, ...] = ()

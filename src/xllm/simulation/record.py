@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from xllm.service.failover.decision import MoveCost
 from xllm.service.instances.about import InstanceState
 from xllm.service.router.base import Placement
 from xllm.service.snapshot import FrontSnapshot, NullObserver, RequestRecord
@@ -28,7 +29,7 @@ class Observer(NullObserver):
         self._log = log
         self._now_s = now_s
 
-    def on_delta(self, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
+    def on_delta(self, request_id: str, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
         self._log("delta", delta.choice, delta.token_ids, delta.text, delta.finish_reason)
 
     def on_ended(self, record: RequestRecord) -> None:
@@ -39,7 +40,7 @@ class Observer(NullObserver):
         self._log("placed", request_id, placement.instance, attempt)
 
     def on_moved(
-        self, request_id: str, source: str, target: str, cause: str, gap_s: float, recompute_tokens: int
+        self, request_id: str, source: str, target: str, cause: str, gap_s: float, cost: MoveCost
     ) -> None:
         self._log("moved", request_id, source, target, cause)
 

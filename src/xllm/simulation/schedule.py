@@ -112,6 +112,9 @@ def make_schedule(seed: int) -> Schedule:
             router_policy=rng.choice(POLICIES),
             stream_buffer_tokens=rng.choice((8, 32, 4096)),
             max_resumes=rng.choice((1, 2, 8)),
+            # Whom admission turns away by its predictions is its own tests' matter.
+            max_queue_delay_s=0.0,
+            max_kv_oversubscription=1000.0,
         ),
         requests=_requests(rng),
         faults=_faults(rng, num_instances, servers),

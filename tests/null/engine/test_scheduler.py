@@ -193,7 +193,7 @@ def test_an_unknown_order_names_the_known_ones() -> None:
 
 
 def test_choices_without_credit_never_keep_a_sibling_from_running() -> None:
-    """The front stopped two of three choices at a stop string: they get no more credit, and hold both seats."""
+    """The front stopped two of three choices at a stop string: no more credit for them, and both seats."""
     engine = null_engine(config=SchedulerConfig(max_num_seqs=2))
     engine.core.submit(spec("a", (1, 2, 3), n=3, max_tokens=60, ignore_eos=True))
     drawn = 0

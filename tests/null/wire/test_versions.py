@@ -45,7 +45,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[socket.socket], threadin
             session = hub.adopt(sock)
             hub.start()
             try:
-                process._serve(hub, session)
+                process._serve(hub, session, None, "warning")
             finally:
                 hub.close()
 
