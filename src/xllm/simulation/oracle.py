@@ -105,6 +105,8 @@ def _refusal_deserved(outcome: Outcome, record: Record) -> bool:
             return record.may_be_full
         case "no_healthy_instance" | "model_not_found":
             return record.was_without_instance(outcome.submitted_s)
+        case "slow_down":
+            return outcome.request.deadline_ms is not None
     return False
 
 
