@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from xllm.config import SchedulerConfig
-from xllm.cost import CostFitter, StepCost
+from xllm.cost import StepCost
 from xllm.engine.core import EngineCore
 from xllm.engine.executor.inproc import InProcExecutor
 from xllm.engine.plan import StepPlan, StepResult
@@ -49,9 +49,7 @@ def run_some(core: EngineCore, seed: int = 1) -> None:
 def test_what_the_snapshot_says_predicts_the_next_prompt() -> None:
     made = null_engine(num_pages=200, config=SchedulerConfig(max_num_batched_tokens=128))
     executor = TimedExecutor(InProcExecutor(made.runner))
-    core = EngineCore(
-        made.core.card, made.core.scheduler, made.memory, executor, made.clock, fitter=CostFitter()
-    )
+    core = EngineCore(made.core.card, made.core.scheduler, made.memory, executor, made.clock)
     assert core.snapshot().cost == ()
     run_some(core)
     cost = StepCost.known(core.snapshot().cost)
