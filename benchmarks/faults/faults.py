@@ -29,7 +29,7 @@ class EngineSeen:
 
 
 def engines(base_url: str, **kwargs: Any) -> list[EngineSeen]:
-    data = httpx.get(f"{base_url}/instances", timeout=30, trust_env=False, **kwargs).json()["data"]
+    data = httpx.get(f"{base_url}/instances", timeout=30, trust_env=False, **kwargs).json()["instances"]
     return [EngineSeen(name=i["id"], pid=i["pid"] or 0, state=i["state"]) for i in data]
 
 
