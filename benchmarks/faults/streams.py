@@ -101,18 +101,15 @@ async def ask(http: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
 
 
 async def _read(response: httpx.Response, answer: Answer) -> None:
-    failed = False
     async for line in response.aiter_lines():
-        if line.startswith("event: error"):
-            failed = True
         if not line.startswith("data: "):
             continue
-        if failed:
-            raise BrokenStreamError(f"error event after {len(answer.times_s)} pieces: {line[6:300]}")
         if line == "data: [DONE]":
             _check_ended(answer)
             return
         chunk = json.loads(line[6:])
+        if "error" in chunk:
+            raise BrokenStreamError(f"error after {len(answer.times_s)} pieces: {line[6:300]}")
         answer.usage = chunk.get("usage") or answer.usage
         for piece in chunk["choices"]:
             answer.times_s.append(time.monotonic())
