@@ -74,7 +74,7 @@ integration: test-setup kernels model  ## tests with real processes and the real
 	@$(BIN)/python tools/stages.py integration
 
 robustness: test-setup  ## hostile and fault tests that take minutes; not part of `make test`
-	@$(BIN)/python -m pytest tests/robustness -s --timeout=1200
+	@$(BIN)/python -m pytest tests/robustness tests/integration -m robustness -s --timeout=1200
 
 exactness: test-setup kernels  ## bitwise logits on native, every model here and every weight class; minutes
 	@$(BIN)/python -m pytest tests/matrix -q -rs $(ARGS)

@@ -49,7 +49,7 @@ def test_f11_a_request_that_kills_two_engines_ends_alone(tmp_path: Path) -> None
         assert [a.content() for a in got] == [a.content() for a in wanted]
 
 
-@pytest.mark.slow
+@pytest.mark.robustness
 def test_f14_a_step_that_hangs_is_found_though_the_process_lives(tmp_path: Path) -> None:
     with lab(tmp_path, instances=3, pace_ms=4, hang_kill_s=3) as server:
         before = {e.pid for e in faults.wait_ready(server.base_url, 3)}
