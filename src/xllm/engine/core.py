@@ -15,7 +15,7 @@ from xllm.engine.executor.base import Executor
 from xllm.engine.kernels.programs import ProgramCounters
 from xllm.engine.memory.manager import PageManager
 from xllm.engine.memory.news import PageChanges
-from xllm.engine.progress import Fitter, Pace, StepProgress, shape_of
+from xllm.engine.progress import Pace, StepProgress, shape_of
 from xllm.engine.scheduler.scheduler import Scheduler
 from xllm.engine.surviving import Keeper
 from xllm.errors import UnavailableError
@@ -38,7 +38,6 @@ class EngineCore:
         executor: Executor,
         clock: Clock,
         program_counters: Callable[[], ProgramCounters | None] = lambda: None,
-        fitter: Fitter | None = None,
         progress: StepProgress | None = None,
     ) -> None:
         self.card = card
@@ -49,7 +48,7 @@ class EngineCore:
         self._executor = executor
         self._program_counters = program_counters
         self.keeper: Keeper | None = None
-        self._pace = Pace(fitter)
+        self._pace = Pace()
         self._last_step_ms = 0.0
         self._draining = False
 

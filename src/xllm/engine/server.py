@@ -7,6 +7,7 @@ signals mean what, is the composer's matter.
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import threading
 
@@ -97,6 +98,24 @@ class InstanceServer:
             self._hub.close()
             self._engine.core.close()
             self._ended.set()
+
+
+def obey_signals(server: InstanceServer) -> None:
+    """SIGTERM or SIGINT: drain; again: stop after the running step; once more: die. SIGHUP is ignored.
+
+    For the main thread of a process that is this instance and nothing else.
+    """
+    calls = [server.drain, server.stop]
+
+    def handle(number: int, frame: object) -> None:
+        calls.pop(0)()
+        if not calls:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -324,8 +324,9 @@ class Scheduler:
             request.prefill_ms = (self._absorbed_s - request.admitted_s) * 1000
         members = [seq, *self._fork(seq, request, drawn)]
         for member in members:
-            self._counters.generation_tokens += len(drawn[member.choice])
-            self._load.count(member)
+            num_tokens = len(drawn[member.choice])
+            self._counters.generation_tokens += num_tokens
+            self._load.drew(member, num_tokens)
             self._check_end(member, request)
         if self._frames.output(request, members, drawn):
             self._forget(request)
