@@ -46,9 +46,11 @@ class StepCost:
         """What a snapshot says: None when it says nothing yet, or nothing usable."""
         if len(coefficients) != NUM_COEFFICIENTS:
             return None
-        if not all(math.isfinite(c) and c >= 0.0 for c in coefficients):
-            return None
-        return cls(tuple(float(c) for c in coefficients))
+        # A chain that NaN and infinity fail, too. Routers ask this for every instance they look at.
+        for c in coefficients:
+            if not 0.0 <= c < math.inf:
+                return None
+        return cls(tuple(coefficients))
 
     def step_ms(
         self, prefill_rows: float, prefill_context: float, num_decoding: float, decode_context: float

@@ -25,6 +25,7 @@ from xllm.engine.platform.base import KeepsPages, Runner
 from xllm.engine.platform.host import bind_to_cpus
 from xllm.engine.platform.registry import select_platform
 from xllm.engine.progress import StepProgress
+from xllm.engine.runner.kv_size import page_bytes_of
 from xllm.engine.sampling import Sampler, load_processors
 from xllm.engine.scheduler.order import create_order
 from xllm.engine.scheduler.scheduler import Scheduler
@@ -196,6 +197,7 @@ def _card(
         deterministic=runner.deterministic,
         page_size=runner.kv_layout.page_size,
         num_pages=sum(num_pages),
+        page_bytes=sum(page_bytes_of(g, runner.kv_layout.dtype) for g in runner.kv_layout.groups),
         generation_config=dict(source.generation_config()),
         created_s=int(clock.wall_s()),
     )

@@ -22,6 +22,7 @@ from xllm.service.guard import Guard
 from xllm.service.instances.about import InstanceAbout
 from xllm.service.instances.instance import CauseOf, Instance, InstanceHooks
 from xllm.service.journal import RequestJournal
+from xllm.service.kvindex import KvIndex
 from xllm.service.live import LiveHooks, LiveRequest, StreamLimits
 from xllm.service.placer import Placer
 from xllm.service.router.base import RouterPolicy
@@ -31,7 +32,7 @@ from xllm.service.stream import Delta
 from xllm.service.tally import Tally
 from xllm.text.assets import TextAssets
 from xllm.types import ModelCard
-from xllm.wire.messages import KvDelta, Ready
+from xllm.wire.messages import Ready
 from xllm.wire.stream import EngineStream
 
 
@@ -61,11 +62,12 @@ class Front:
             buffer_tokens=config.stream_buffer_tokens, stall_s=config.slow_reader_timeout_s
         )
         self._guard = Guard(config, clock, self._catalogue, self._observer)
-        placer = Placer(config, router if router is not None else load_policy(config.router_policy))
+        policy = router if router is not None else load_policy(config.router_policy)
+        self._placer = placer = Placer(config, policy)
         self._dispatch = Dispatch(
             config, clock, self._catalogue, placer, self._observer, on_draining=self._guard.begin_drain
         )
-        self._guard.connect(self._dispatch)
+        self._guard.connect(self._dispatch, placer)
         self._tally = Tally()
         self._draining = False
         self._idle = asyncio.Event()
@@ -115,7 +117,7 @@ class Front:
                 progress=guard.progress,
                 heard=guard.heard,
                 pulse=guard.pulse,
-                kv=self._on_kv,
+                kv=guard.pages,
             )
         )
         try:
@@ -141,6 +143,11 @@ class Front:
         if instance is not None:
             await self._guard.release(instance)
         return instance is not None
+
+    @property
+    def kv_index(self) -> KvIndex:
+        """Which instance holds which pages; for views and tests."""
+        return self._placer.index
 
     def models(self) -> list[ModelCard]:
         """One card per model."""
@@ -175,13 +182,17 @@ class Front:
         candidates = self._catalogue.serving(draft.model)
         text = self._catalogue.text(draft.model)
         spec = assemble(draft, candidates[0].card, text)
-        instance, placement = self._dispatch.choose(spec, candidates)
+        choice = self._dispatch.choose(spec, candidates)
         journal = RequestJournal(
             spec,
-            head_width=instance.card.head_width,
+            head_width=choice.instance.card.head_width,
             make_text=lambda: choice_text(text, spec.params),
         )
-        self._admission.admit(journal.num_prompt_tokens)
+        try:
+            self._admission.admit(journal.num_prompt_tokens)
+        except XllmError:
+            self._dispatch.decline(spec.request_id)
+            raise
         deadline_s = None if spec.deadline_ms is None else self._clock.monotonic_s() + spec.deadline_ms / 1000
         live = LiveRequest(
             journal,
@@ -191,7 +202,7 @@ class Front:
             deadline_s=deadline_s,
         )
         self._idle.clear()
-        self._dispatch.begin(live, instance, placement)
+        self._dispatch.begin(live, choice)
         return live
 
     async def abort(self, request_id: str) -> bool:
@@ -217,9 +228,6 @@ class Front:
             ticket.first_s = now_s
         self._observer.on_delta(ticket.model_id, delta, gap_s, first=first)
         self._dispatch.on_delta(ticket, delta, now_s)
-
-    def _on_kv(self, instance: Instance, delta: KvDelta) -> None:
-        """The index of pages is not there yet."""
 
     def _ended(self, live: LiveRequest, abort: bool) -> None:
         ticket = self._dispatch.end(live, abort=abort)
@@ -248,6 +256,7 @@ class Front:
             num_suspicions=guard.num_suspicions,
             num_quarantined=dispatch.num_quarantined,
             num_nonexact_resumes=dispatch.num_nonexact,
+            num_kv_gaps=guard.num_kv_gaps,
             instances=tuple(self._instance_snapshot(i) for i in self._catalogue.instances()),
         )
 
@@ -276,7 +285,8 @@ class Front:
         idle = [i.state for i in instances if i.card.model_id not in served]
         if not idle:
             return True, "ready"
-        return False, next((f"engine_{state}" for state in ("lost", "suspect") if state in idle), "loading")
+        words = ("lost", "suspect", "draining")
+        return False, next((f"engine_{state}" for state in words if state in idle), "loading")
 
     def check_times(self) -> None:
         """Apply all time limits now. Requests and guard have timers; tests with a fake clock have this."""

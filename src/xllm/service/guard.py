@@ -17,8 +17,9 @@ from xllm.service.dispatch import Dispatch
 from xllm.service.failover.blame import known_cause
 from xllm.service.failover.detector import Detector, DetectorLimits, Finding
 from xllm.service.instances.instance import Instance
+from xllm.service.placer import Placer
 from xllm.service.snapshot import FrontObserver
-from xllm.wire.messages import Pulse
+from xllm.wire.messages import KvDelta, KvSync, Pulse
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class Guard:
     ) -> None:
         self.num_deaths: Counter[str] = Counter()
         self.num_suspicions = 0
+        self.num_kv_gaps = 0
         self._clock = clock
         self._catalogue = catalogue
         self._observer = observer
@@ -50,44 +52,47 @@ class Guard:
         )
         self._detector = Detector(limits, TICK_S)
         self._dispatch: Dispatch | None = None
+        self._placer: Placer | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
-    def connect(self, dispatch: Dispatch) -> None:
-        """Once, before the first instance: whom to take requests off with."""
-        self._dispatch = dispatch
+    def connect(self, dispatch: Dispatch, placer: Placer) -> None:
+        """Once, before the first instance: whom to take requests off with, whom to tell of pages."""
+        self._dispatch, self._placer = dispatch, placer
 
     # -- coming and going ---------------------------------------------------------------------------
 
     def watch(self, instance: Instance) -> None:
         """From the moment it may get requests."""
         self._detector.add(instance.name, self._clock.monotonic_s(), pulses=instance.about.pulses)
+        if instance.kv_asked:
+            self._ask_pages(instance)
         self._tell(instance, "added")
         self._arm()
         self._moves.pump()
 
     def lost(self, instance: Instance) -> None:
         """Its connection has ended unasked."""
-        quiet_s = self._detector.quiet_s(instance.name, self._clock.monotonic_s())
-        known = instance.started
-        if known:
-            self._detector.remove(instance.name)
+        if not instance.started:
+            return  # `Catalogue.add` reports it; it has never had a request
+        now_s = self._clock.monotonic_s()
+        quiet_s = self._detector.quiet_s(instance.name, now_s)
+        self._unlist(instance)
         log.error("instance %s is lost with %d requests", instance.name, len(instance.requests))
         if instance.draining:
+            self._catalogue.lost(instance, forget_s=now_s + self._grace_s)
             self._moves.evict(instance, "drain")
             self._tell(instance, "drained", quiet_s)
         else:
+            self._catalogue.lost(instance, forget_s=None)
             request_ids = self._moves.evict(instance, "lost", hold=True)
             self._find_cause(instance, request_ids, quiet_s)
-        if known:
-            due_s = self._clock.monotonic_s() + self._grace_s if instance.draining else None
-            self._catalogue.lost(instance, forget_s=due_s)
         self._spawn(instance.close())
 
     async def release(self, instance: Instance) -> None:
         """Take it out of service at once; its requests go elsewhere."""
-        self._detector.remove(instance.name)
+        self._unlist(instance)
         instance.draining = True
         self._moves.evict(instance, "removed")
         await instance.close()
@@ -125,6 +130,16 @@ class Guard:
     def pulse(self, instance: Instance, pulse: Pulse) -> None:
         self._detector.pulse(instance.name, self._clock.monotonic_s(), pulse)
 
+    def pages(self, instance: Instance, delta: KvDelta) -> None:
+        """After a gap a reset is asked for once; until it comes the index keeps what it had as a hint."""
+        if not instance.started or self._placer is None:
+            instance.kv_asked = True  # `watch` does it: until then another may still hold the name
+        elif self._placer.learn(instance, delta):
+            instance.kv_asked = False
+        elif not instance.kv_asked:
+            self.num_kv_gaps += 1
+            self._ask_pages(instance)
+
     def quiet_s(self, instance: Instance) -> float:
         """Since its last sign of progress."""
         return self._detector.quiet_s(instance.name, self._clock.monotonic_s())
@@ -159,6 +174,16 @@ class Guard:
         if self._dispatch is None:
             raise RuntimeError("a guard is connected before it is used")
         return self._dispatch
+
+    def _ask_pages(self, instance: Instance) -> None:
+        instance.kv_asked = True
+        instance.post(KvSync())
+
+    def _unlist(self, instance: Instance) -> None:
+        """What is known of it must not be taken for knowledge of a later one of that name."""
+        self._detector.remove(instance.name)
+        if self._placer is not None:
+            self._placer.forget(instance.name)
 
     def _act(self, instance: Instance, finding: Finding) -> None:
         if finding.kind == "ready":

@@ -1,6 +1,6 @@
 """From instances to views, from views to a router's placement: the only caller of router policies.
 
-Fills in what a policy may look at and logs what it decided. Nothing is sent from here.
+Fills in what a policy may look at, page index included, and logs what it decided. Sends nothing.
 """
 
 from __future__ import annotations
@@ -8,32 +8,61 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from xllm.config import FrontConfig
 from xllm.errors import InternalError
+from xllm.prefix import page_digest, root_digest
 from xllm.service.instances.instance import Instance
+from xllm.service.kvindex import KvIndex
 from xllm.service.router.base import InstanceView, Placement, RequestView, RouterPolicy, RouterSnapshot
-from xllm.types import RequestSpec
+from xllm.service.router.memory import PlacementMemory
+from xllm.types import PAGE_SIZE, RequestSpec
+from xllm.wire.messages import KvDelta
 
 decisions = logging.getLogger("xllm.decisions")
 
+Chain = tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """`num_matched` tokens are readable at the instance now, in any tier."""
+
+    instance: Instance
+    placement: Placement
+    num_matched: int
+
 
 class Placer:
-    """Counts turns per model; everything else a policy sees is read when it is asked."""
+    """Owns the page index and the memory of placements; loads are read from the instances when asked."""
 
     def __init__(self, config: FrontConfig, policy: RouterPolicy) -> None:
+        self.index = KvIndex()
         self._config = config
         self._policy = policy
         self._turns: Counter[str] = Counter()
+        self._memory = PlacementMemory()
 
     def choose(
-        self, spec: RequestSpec, candidates: Sequence[Instance], *, num_emitted: int = 0, attempt: int = 0
-    ) -> tuple[Instance, Placement] | None:
-        """Where the request goes; None when no candidate has room. `candidates` are sorted, not empty."""
+        self,
+        spec: RequestSpec,
+        candidates: Sequence[Instance],
+        *,
+        emitted: Sequence[int] = (),
+        num_emitted: int = 0,
+        attempt: int = 0,
+    ) -> Choice | None:
+        """Where the request goes; None when no candidate has room. `candidates` are sorted, not empty.
+
+        `emitted` are tokens that follow the prompt in its pages, `num_emitted` those of all choices. What
+        was chosen counts as placed there until `settled`.
+        """
+        prompt = spec.prompt_token_ids
         view = RequestView(
             request_id=spec.request_id,
             model=spec.model,
-            num_prompt_tokens=len(spec.prompt_token_ids),
+            num_prompt_tokens=len(prompt),
             num_choices=spec.params.n,
             max_tokens=spec.params.max_tokens or 1,
             cls=spec.cls,
@@ -42,9 +71,17 @@ class Placer:
             attempt=attempt,
             num_emitted=num_emitted,
         )
-        snapshot = RouterSnapshot(
-            instances=tuple(self._view(i) for i in candidates), turn=self._turns[spec.model]
-        )
+        classes = {i.card.numerics_class for i in candidates}
+        chains = {cls: _chain(cls, spec, (*prompt, *emitted)) for cls in classes}
+        found = {cls: self.index.match(chain) for cls, chain in chains.items()}
+        names = [i.name for i in candidates]
+        recent_ms = self._memory.recent_ms(names)
+        views = []
+        for i in candidates:
+            cls = i.card.numerics_class
+            matched = self._memory.matched(i.name, chains[cls], found[cls].get(i.name, ()))
+            views.append(_view(i, matched, recent_ms[i.name]))
+        snapshot = RouterSnapshot(instances=tuple(views), turn=self._turns[spec.model])
         placement = self._policy(view, snapshot, self._config)
         if placement is None:
             return None
@@ -60,14 +97,43 @@ class Placer:
         chosen = next((i for i in candidates if i.name == placement.instance), None)
         if chosen is None:
             raise InternalError("the router policy chose an instance that it was not offered")
-        return chosen, placement
+        cls = chosen.card.numerics_class
+        self._memory.placed(spec.request_id, chosen.name, placement.work_ms, names, chains[cls])
+        num_matched = sum(num for _, num in found[cls].get(chosen.name, ())) * PAGE_SIZE
+        return Choice(instance=chosen, placement=placement, num_matched=num_matched)
 
-    def _view(self, instance: Instance) -> InstanceView:
-        return InstanceView(
-            name=instance.name,
-            num_reqs=len(instance.requests),
-            max_reqs=instance.max_reqs,
-            engine=instance.snapshot,
-            backlog_tokens=instance.backlog_tokens,
-            context_tokens=instance.context_tokens,
-        )
+    def settled(self, request_id: str) -> None:
+        """It has answered, left its instance or ended, or was not placed after all."""
+        self._memory.settled(request_id)
+
+    def learn(self, instance: Instance, delta: KvDelta) -> bool:
+        """What an instance says of its pages; False = something was missed, it must tell all again."""
+        return self.index.apply(instance.name, delta)
+
+    def forget(self, name: str) -> None:
+        """The instance is gone, and what it had with it."""
+        self.index.purge(name)
+        self._memory.purge(name)
+
+
+def _view(instance: Instance, matched: tuple[tuple[str, int], ...], recent_ms: float) -> InstanceView:
+    return InstanceView(
+        name=instance.name,
+        num_reqs=len(instance.requests),
+        max_reqs=instance.max_reqs,
+        engine=instance.snapshot,
+        backlog_tokens=instance.backlog_tokens,
+        context_tokens=instance.context_tokens,
+        matched=matched,
+        recent_ms=recent_ms,
+    )
+
+
+def _chain(numerics_class: str, spec: RequestSpec, tokens: Sequence[int]) -> Chain:
+    """Digests of the full pages."""
+    digest = root_digest(numerics_class, spec.adapter, spec.cache_salt)
+    chain: list[bytes] = []
+    for start in range(0, len(tokens) - PAGE_SIZE + 1, PAGE_SIZE):
+        digest = page_digest(digest, tokens[start : start + PAGE_SIZE])
+        chain.append(digest)
+    return tuple(chain)

@@ -52,6 +52,7 @@ class FrontSnapshot:
     num_suspicions: int
     num_quarantined: int
     num_nonexact_resumes: int
+    num_kv_gaps: int
     instances: tuple[InstanceSnapshot, ...]
 
 

@@ -35,7 +35,7 @@ class Ticket:
         self.last_s = live.submitted_s
         self.gap_from_s: float | None = None
         """Since when the client has waited for a move's first answer."""
-        self.moved_from = ""
+        self.moved_from: Instance | None = None
         self.moved_cause = ""
         self.num_moves = 0
         self.num_refusals = 0
@@ -52,24 +52,24 @@ class Ticket:
         """Rows that an engine must have computed before it draws the next token."""
         return self.journal.num_prompt_tokens + self.journal.num_committed
 
-    def enter(self, instance: Instance) -> None:
+    def enter(self, instance: Instance, num_matched: int) -> None:
+        """`num_matched` of its tokens are in pages there already."""
         self.instance = instance
         self.last_name = instance.name
         self.answered = False
-        self._backlog = self.num_tokens
+        self._backlog = max(1, self.num_tokens - num_matched)
         instance.backlog_tokens += self._backlog
         instance.enter(self.live.request_id)
 
-    def answer(self, num_tokens: int) -> None:
-        """The attempt's first output: its rows are computed and are context from now on."""
+    def answer(self) -> None:
+        """The attempt's first output is committed: its rows are computed and are context from now on."""
         self.answered = True
         self.num_refusals = 0
         self.refused_by.clear()
         if self.instance is not None:
             self.instance.backlog_tokens -= self._backlog
-            self._context, self._backlog = self._backlog, 0
-            self.instance.context_tokens += self._context
-            self.grow(num_tokens)
+            self._backlog = 0
+            self.grow(self.num_tokens)
 
     def grow(self, num_tokens: int) -> None:
         if self.instance is not None:

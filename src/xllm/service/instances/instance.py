@@ -76,6 +76,7 @@ class Instance:
         self.suspect = False
         self.draining = False
         self.drain_due_s: float | None = None
+        self.kv_asked = False
         self.snapshot = EngineSnapshot(total_pages=card.num_pages, free_pages=card.num_pages)
         self.requests: set[str] = set()
         self.idle = asyncio.Event()

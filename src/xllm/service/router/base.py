@@ -36,7 +36,9 @@ class InstanceView:
     `num_reqs`, `backlog_tokens` and `context_tokens` are this front's own: placed and not ended, prompt
     rows of those that have not answered yet, tokens of those that have. `engine` is the engine's own
     word, at most a step old, and counts other fronts' requests too. `matched` is (tier, leading prompt
-    tokens readable there), best tier first. `max_reqs` None = it does not say.
+    tokens readable there), best tier first; the tier "expected" stands for pages that requests placed there
+    a moment ago will leave. `recent_ms` is the work that this front placed there lately (`memory.py`).
+    `max_reqs` None = it does not say.
     """
 
     name: str
@@ -46,6 +48,7 @@ class InstanceView:
     backlog_tokens: int = 0
     context_tokens: int = 0
     matched: tuple[tuple[str, int], ...] = ()
+    recent_ms: float = 0.0
 
     @property
     def has_room(self) -> bool:
@@ -63,13 +66,15 @@ class RouterSnapshot:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """`instance` is a name of the snapshot; `reasons` and `scores` (per candidate, higher is better) are
-    for the decision log and `xllm explain`. Predictions are None where the policy makes none."""
+    for the decision log and `xllm explain`. Predictions are None where the policy makes none; `work_ms` is
+    what the request adds to its instance's work, 0 where nothing is predicted."""
 
     instance: str
     reasons: tuple[str, ...]
     scores: tuple[tuple[str, float], ...] = ()
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+    work_ms: float = 0.0
 
 
 RouterPolicy = Callable[[RequestView, RouterSnapshot, FrontConfig], Placement | None]

@@ -7,11 +7,19 @@ from importlib.metadata import entry_points
 
 from xllm.errors import ConfigError
 from xllm.service.router.base import RouterPolicy
+from xllm.service.router.cache_aware import cache_aware
+from xllm.service.router.least_load import least_load
 from xllm.service.router.round_robin import round_robin
+from xllm.service.router.slo_aware import slo_aware
 
 GROUP = "xllm.router_policies"
 
-_BUILT_IN: dict[str, RouterPolicy] = {"round-robin": round_robin}
+_BUILT_IN: dict[str, RouterPolicy] = {
+    "round-robin": round_robin,
+    "least-load": least_load,
+    "cache-aware": cache_aware,
+    "slo-aware": slo_aware,
+}
 
 
 def load_policy(name: str) -> RouterPolicy:
