@@ -30,6 +30,7 @@ class FakeProcess:
         self.stream: EngineStream = engine.stream
         self.card = engine.card
         self.max_reqs = 8
+        self.pulses = True
         self.report = ()
         self.exit_code: int | None = None
         FakeProcess.next_pid += 1
@@ -238,6 +239,7 @@ async def test_the_front_is_told_how_to_kill_a_silent_engine_and_what_it_died_of
     await house.supervisor.start()
     more = house.front.more["engine-0"]
     assert (more["about"].pid, more["about"].num_restarts) == (house.processes[0].pid, 0)
+    assert more["about"].pulses
     assert more["cause_of"]() == "crash"
     more["on_hung"]()
     assert house.processes[0].exit_code == -9

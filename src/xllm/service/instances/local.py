@@ -32,7 +32,8 @@ from xllm.wire.stream import EngineStream, SocketEngineStream
 
 log = logging.getLogger(__name__)
 
-PROGRAM = ("-m", "xllm.engine.process")
+ENGINE = ("-m", "xllm.engine.process")
+PROGRAM = ENGINE
 """What the child runs; tests put another program that speaks the wire in its place."""
 
 POLL_S = 0.01
@@ -58,6 +59,8 @@ class LocalEngine:
         self.report = report
         self.max_reqs = max_reqs
         self.silent = False
+        # An engine of ours pulses from the start: one that is stopped before its first pulse is silent, too.
+        self.pulses = PROGRAM == ENGINE
         self._process = process
 
     @classmethod
