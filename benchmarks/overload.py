@@ -230,9 +230,13 @@ async def measure(
     normal_load: float = 0.7,
     mean_tokens: int = 64,
     concurrency: int = 96,
+    recovery_s: float = 10.0,
     seed: int = 1,
 ) -> Report:
-    """Capacity, normal load, `factor` times capacity for `seconds`, normal load again."""
+    """Capacity, normal load, `factor` times capacity for `seconds`, normal load again.
+
+    The last phase is what comes `recovery_s` after the overload.
+    """
     load, seen = Load(port, model, mean_tokens, seed), Watch()
     capacity = await load.closed(max(6.0, seconds / 3), concurrency)
     load.answers.clear()
@@ -240,7 +244,7 @@ async def measure(
     try:
         before = await load.poisson(normal_s, normal_load * capacity)
         during = await load.poisson(seconds, factor * capacity)
-        after = await load.poisson(normal_s + 10, normal_load * capacity)
+        after = await load.poisson(normal_s + recovery_s, normal_load * capacity)
         await load.finish()
     finally:
         watching.cancel()
@@ -249,7 +253,7 @@ async def measure(
         phase("before", load.answers, *before),
         phase("overload", load.answers, *during),
         phase("after", load.answers, *after),
-        phase("10 s later", load.answers, after[0] + 10, after[1]),
+        phase("later", load.answers, after[0] + recovery_s, after[1]),
     )
     # Twice the slowest normal wait: what a client would still call normal.
     normal = 2 * max(a.ttft_s or 0.0 for a in load.answers if a.at_s < before[1])

@@ -21,7 +21,9 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--num-prompts", default="32")
     args = parser.parse_args()
-    loaded = load(*SECTIONS, keywords={"model": args.model, "port": 0, "log_level": "warning"})
+    # Without a limit of the wait: what is refused has no latency to report.
+    keywords = {"model": args.model, "port": 0, "log_level": "warning", "max_queue_delay_s": 0}
+    loaded = load(*SECTIONS, keywords=keywords)
     codes = []
     with background_server(loaded, lambda line: print(line, file=sys.stderr)) as url:
         for seed, rate in enumerate(RATES):

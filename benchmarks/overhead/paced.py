@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import socket
 import sys
 import time
@@ -55,7 +56,7 @@ def _result(entry: SequencePlan) -> SequenceResult:
     return SequenceResult(seq_id=entry.seq_id, choices=choices)
 
 
-def paced_core(step_s: float) -> tuple[EngineCore, dict[str, bytes]]:
+def paced_core(step_s: float, config: SchedulerConfig) -> tuple[EngineCore, dict[str, bytes]]:
     """A core over the paced runner and the assets that a front asks for."""
     files = tiny_assets(512)
     assets = {hashlib.sha256(data).hexdigest(): data for data in files.values()}
@@ -64,7 +65,7 @@ def paced_core(step_s: float) -> tuple[EngineCore, dict[str, bytes]]:
     card = msgspec.structs.replace(card, model_id="paced", assets=names)
     memory = PageManager((FULL,), [NUM_PAGES], True)
     scheduler = Scheduler(
-        SchedulerConfig(),
+        config,
         memory,
         create_order("fcfs"),
         numerics_class="paced",
@@ -79,16 +80,21 @@ def main() -> int:
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--step-ms", type=float, default=5.0)
     parser.add_argument("--log-level")
+    parser.add_argument("--pages-fd", help="not used: there are no pages worth keeping")
     args = parser.parse_args()
-    core, assets = paced_core(args.step_ms / 1000)
-    hub = Hub(core.progress, SystemClock())
+    hub = Hub(None, SystemClock())
     session = hub.adopt(socket.socket(fileno=args.fd))
     hub.start()
     session.send(Hello(incarnation="paced"))
     (_, hello), (_, start) = hub.inbox.get(), hub.inbox.get()
     if not isinstance(hello, Hello) or not isinstance(start, Start):
         return 1
-    ready = Ready(card=core.card, pid=0)
+    scheduler = start.config.scheduler
+    core, assets = paced_core(args.step_ms / 1000, scheduler)
+    hub.tell_progress(core.progress)
+    ready = Ready(
+        card=core.card, pid=os.getpid(), max_reqs=scheduler.max_num_seqs + scheduler.max_num_queued_reqs
+    )
     session.send(ready)
     try:
         EngineLoop(core, assets, hub.inbox, ready, parent=session).run()

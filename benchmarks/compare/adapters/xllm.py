@@ -20,7 +20,9 @@ def launch(entry: Entry, context: Context) -> Launch:
     about = {"version": __version__, "flags": " ".join(flags)}
     if entry.transport == "http":
         command = (sys.executable, "-m", "xllm.cli.main", "serve", str(weights), *flags)
-        return Launch(command=command, port=port, about=about)
+        # Peers queue without a limit; what we refused would not be compared.
+        env = {"XLLM_MAX_QUEUE_DELAY_S": "0"}
+        return Launch(command=command, env=env, port=port, about=about)
     program = Path(workers.__file__).with_name("xllm_worker.py")
     settings = json.dumps({"model": str(weights)} | keywords(flags))
     return Launch(command=(sys.executable, str(program), settings), about=about)

@@ -15,6 +15,8 @@ import socket
 import sys
 from collections.abc import Mapping
 
+import msgspec
+
 from xllm.clock import SystemClock
 from xllm.engine.build import BuiltEngine, build_here, ready_of
 from xllm.engine.hub import Hub
@@ -56,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(hub: Hub, session: Session, pages_fd: int | None, log_level: str) -> int:
-    session.send(Hello(incarnation=new_request_id(), role=INSTANCE))
+    incarnation = new_request_id()
+    session.send(Hello(incarnation=incarnation, role=INSTANCE))
     (_, hello), (_, start) = hub.inbox.get(), hub.inbox.get()
     if not isinstance(hello, Hello) or not isinstance(start, Start):
         return 1
@@ -70,7 +73,7 @@ def _serve(hub: Hub, session: Session, pages_fd: int | None, log_level: str) -> 
         return 1
     tracer = RequestTracer.for_config(start.config)
     settle()
-    ready = ready_of(engine, start.config)
+    ready = msgspec.structs.replace(ready_of(engine, start.config), incarnation=incarnation)
     session.send(ready)
     hub.tell_progress(engine.core.progress)
     try:

@@ -284,9 +284,7 @@ class Dispatch:
             source_alive=source.alive and not source.suspect,
             page_bytes=instance.card.page_bytes,
         )
-        self._observer.on_moved(
-            spec.request_id, source.name, instance.name, ticket.moved_cause, gap_s, cost
-        )
+        self._observer.on_moved(spec.request_id, source.name, instance.name, ticket.moved_cause, gap_s, cost)
 
 
 def _preferred(ticket: Ticket, candidates: Sequence[Instance]) -> Sequence[Instance]:

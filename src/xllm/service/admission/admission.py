@@ -21,6 +21,8 @@ MAX_RETRY_AFTER_S = 60.0
 MAX_JITTER = 0.5
 """Clients refused in the same second shall not come back in the same second."""
 MAX_QUEUES = 1024
+GONE = 0.1
+"""A predicted wait below this part of max_queue_delay_s is no queue."""
 STANDING = 0.4
 """Part of max_queue_delay_s that counts once a queue has stood for longer than that: a burst deserves the
 whole; a queue that stays makes everybody wait and nothing faster, and must be gone soon afterwards."""
@@ -171,7 +173,7 @@ class Admission:
 
     def _delay_limit_s(self, model: str, wait_s: float, now_s: float) -> float:
         limit_s = self._config.max_queue_delay_s
-        if wait_s <= 0.0:
+        if wait_s <= limit_s * GONE:
             self._queueing_since_s.pop(model, None)
             return limit_s
         stood_s = now_s - self._queueing_since_s.setdefault(model, now_s)

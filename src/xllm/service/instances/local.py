@@ -53,11 +53,13 @@ class LocalEngine:
         card: ModelCard,
         report: tuple[str, ...],
         max_reqs: int,
+        incarnation: str = "",
     ) -> None:
         self.stream = stream
         self.card = card
         self.report = report
         self.max_reqs = max_reqs
+        self.incarnation = incarnation
         self.silent = False
         # An engine of ours pulses from the start: one that is stopped before its first pulse is silent, too.
         self.pulses = PROGRAM == ENGINE
@@ -101,7 +103,7 @@ class LocalEngine:
             raise
         scheduler = config.scheduler
         max_reqs = scheduler.max_num_seqs + scheduler.max_num_queued_reqs
-        return cls(process, stream, ready.card, ready.report, max_reqs)
+        return cls(process, stream, ready.card, ready.report, max_reqs, ready.incarnation)
 
     @property
     def pid(self) -> int:

@@ -221,7 +221,12 @@ class Supervisor:
             name=slot.name,
             max_reqs=engine.max_reqs,
             on_lost=slot.down.set,
-            about=InstanceAbout(pid=engine.pid, num_restarts=slot.num_starts - 1, pulses=engine.pulses),
+            about=InstanceAbout(
+                pid=engine.pid,
+                incarnation=engine.incarnation,
+                num_restarts=slot.num_starts - 1,
+                pulses=engine.pulses,
+            ),
             cause_of=engine.cause,
             on_hung=engine.kill,
         )
