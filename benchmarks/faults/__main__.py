@@ -73,7 +73,7 @@ def main() -> int:
 
 def moves(found: dict[str, float]) -> dict[str, float]:
     """What the front itself counted of suspicions, moves and detection."""
-    words = ("move", "detect", "suspic", "death", "quarantine", "nonexact", "stale", "diverg", "restart")
+    words = ("move", "detect", "suspic", "death", "quarantine", "nonexact", "stale", "diverg", "restarts")
     return {
         name: value
         for name, value in sorted(found.items())

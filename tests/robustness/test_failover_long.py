@@ -43,8 +43,8 @@ def test_full_prefill_load_raises_no_suspicion(smollm2: str) -> None:
         pids = {e.pid for e in faults.wait_ready(server.base_url, 3)}
         asyncio.run(prefill(server, smollm2, 60.0))
         assert {e.pid for e in faults.wait_ready(server.base_url, 3)} == pids
-        assert server.metric("xllm:suspicions_total") == 0
-        assert server.metric("xllm:moves_total") == 0
+        assert server.count("xllm:instance_suspicions_total") == 0
+        assert server.count("xllm:requests_moved_total") == 0
 
 
 async def prefill(server: ServerProcess, model: str, seconds: float) -> None:

@@ -177,6 +177,8 @@ class EngineLoop:
         num_aborted = self._core.abort_all(port.number)
         if num_aborted:
             log.info("a front is gone; %d requests of it were aborted", num_aborted)
+            # The others hear at once that there is room, not with the next regular news.
+            self._stats_s = 0.0
         if port is self._parent:
             self._stopped = True
 
@@ -219,11 +221,10 @@ class EngineLoop:
                 self._tracer.told(owner, frames)
                 if port is not None:
                     port.send(Frames(frames=tuple(frames), snapshot=snapshot))
-        if len(outputs) < len(self._fronts):
-            now_s = self._core.progress.since_s
-            if now_s >= self._stats_s:
-                self._stats_s = now_s + STATS_S
-                self._tell_all([p for number, p in self._fronts.items() if number not in outputs])
+        silent = [port for number, port in self._fronts.items() if number not in outputs]
+        if silent and (now_s := self._core.progress.since_s) >= self._stats_s:
+            self._stats_s = now_s + STATS_S
+            self._tell_all(silent)
 
     def _tell_all(self, ports: Iterable[Port]) -> None:
         stats = Stats(snapshot=self._look())

@@ -84,6 +84,11 @@ class ServerProcess:
             raise KeyError(name)
         return sum(found)
 
+    def count(self, name: str) -> float:
+        """As `metric`, for counters that appear with their first event: 0 until then."""
+        found = self.metrics()
+        return sum(v for k, v in found.items() if k == name or k.startswith(name + "{"))
+
     def stop(self, timeout_s: float = 60.0) -> int:
         """SIGTERM and wait; SIGKILL after `timeout_s`. The exit code."""
         if self.process.poll() is None:
