@@ -31,6 +31,7 @@ class FakeProcess:
         self.card = engine.card
         self.max_reqs = 8
         self.pulses = True
+        self.incarnation = "life"
         self.report = ()
         self.exit_code: int | None = None
         FakeProcess.next_pid += 1
