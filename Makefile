@@ -6,6 +6,7 @@ MODEL  ?= smollm2
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 PEERS  ?= .peers
+SEEDS  ?= 0:10000
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -15,7 +16,7 @@ TEST_STAMP := $(VENV)/.xllm-test-setup
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test-setup kernels model serve test lint null reference native integration robustness exactness sanitize bench-ttft bench-serve bench-client bench-overhead bench-overload bench-peers bench-compare bench-rates bench-step bench-perplexity soak freeze clean
+.PHONY: help setup test-setup kernels model serve test lint null reference native integration robustness simulate exactness sanitize bench-ttft bench-serve bench-client bench-overhead bench-overload bench-routing bench-routing-live bench-peers bench-compare bench-rates bench-step bench-perplexity soak freeze clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -73,7 +74,7 @@ integration: test-setup kernels model  ## tests with real processes and the real
 	@$(BIN)/python tools/stages.py integration
 
 robustness: test-setup  ## hostile and fault tests that take minutes; not part of `make test`
-	@$(BIN)/python -m pytest tests/robustness -s --timeout=1200
+	@$(BIN)/python -m pytest tests/robustness tests/integration -m robustness -s --timeout=1200
 
 exactness: test-setup kernels  ## bitwise logits on native, every model here and every weight class; minutes
 	@$(BIN)/python -m pytest tests/matrix -q -rs $(ARGS)
@@ -84,6 +85,10 @@ sanitize: test-setup  ## the native code and its tests under address, undefined-
 soak: test-setup kernels model  ## ten minutes of mixed native load with aborts: memory flat, pages conserved, replays equal
 	@$(BIN)/python -m benchmarks.soak --model $(MODEL) $(ARGS)
 
+# SEEDS: first:last+1. A failing one is printed with the command that shows it again.
+simulate: test-setup  ## random fault schedules on a virtual clock: 10,000 unless SEEDS says otherwise
+	@$(BIN)/python -m xllm.simulation --seeds $(SEEDS) --jobs 2
+
 bench-ttft: setup  ## time to first token of the default model, served locally
 	@$(BIN)/python benchmarks/ttft.py --model $(MODEL)
 
@@ -92,6 +97,12 @@ bench-serve: setup kernels  ## `xllm bench serve` at several request rates again
 
 bench-client: setup  ## how many tokens a second the load generator itself can take
 	@$(BIN)/python benchmarks/client_limit.py
+
+bench-routing: setup  ## router policies on shared-prefix multi-turn load, in virtual time; minutes
+	@$(BIN)/python -m benchmarks.routing $(ARGS)
+
+bench-routing-live: test-setup kernels model  ## the same comparison against real servers over HTTP
+	@$(BIN)/python -m benchmarks.routing_live --model $(MODEL) $(ARGS)
 
 # No model is needed: steps take a fixed time and no CPU.
 bench-overhead: setup  ## CPU time of front and engine around a step that computes nothing

@@ -80,6 +80,7 @@ def main() -> int:
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--step-ms", type=float, default=5.0)
     parser.add_argument("--log-level")
+    parser.add_argument("--pages-fd", help="not used: there are no pages worth keeping")
     args = parser.parse_args()
     hub = Hub(None, SystemClock())
     session = hub.adopt(socket.socket(fileno=args.fd))

@@ -187,6 +187,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     deterministic: bool
     page_size: int
     num_pages: int
+    page_bytes: int = 0
+    """Of one page in every KV group; 0 = not told."""
     generation_config: dict[str, float | int] = {}
     modalities: tuple[str, ...] = ("text",)
     created_s: int = 0

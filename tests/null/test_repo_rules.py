@@ -26,8 +26,11 @@ OPTIONAL = {
     "yaml",
     "uvicorn",
     "gguf",
+    "opentelemetry",
     "psutil",
     "readline",
+    "aetcd",
+    "grpc",
 }
 
 

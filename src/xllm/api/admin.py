@@ -45,13 +45,16 @@ def get_request(context: Context, name: str) -> dict[str, Any]:
 
 def _instance(i: InstanceSnapshot) -> dict[str, Any]:
     engine = i.engine
+    role = "mixed" if {"prefill", "decode"} <= set(i.about.phases) else "+".join(i.about.phases)
     hit_rate = engine.prefix_hits / engine.prefix_queries if engine.prefix_queries else None
     return {
         "id": i.name,
         "model": i.model_id,
         "state": i.state,
         "phases": list(i.about.phases),
-        "role": "mixed" if {"prefill", "decode"} <= set(i.about.phases) else "+".join(i.about.phases),
+        "role": role,
+        # No roles change yet, so every pool is a stable one, named by its set of phases.
+        "pool": role,
         "pid": i.about.pid,
         "incarnation": i.about.incarnation,
         "address": i.about.address,
@@ -71,6 +74,7 @@ def _instance(i: InstanceSnapshot) -> dict[str, Any]:
                 "owned": engine.owned_pages,
                 "cached": engine.cached_pages,
                 "free": engine.free_pages,
+                "indexed": i.num_indexed_pages,
             },
         },
         "hit_rate": None if hit_rate is None else round(hit_rate, 4),

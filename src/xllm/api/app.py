@@ -30,7 +30,7 @@ from xllm.api.usage import read_usage
 from xllm.clock import Clock
 from xllm.config import ServerConfig
 from xllm.errors import NotFoundError, RequestError, UnavailableError
-from xllm.observability.logs import log_event
+from xllm.observability.logs import log_event, num_dropped_lines
 from xllm.service.usage import NullUsageStore, UsageStore
 from xllm.service.watch.desk import WatchDesk
 from xllm.version import __version__
@@ -71,6 +71,8 @@ class App:
         self._context = Context(front, clock, desk)
         self._front = front
         self._metrics = metrics
+        metrics.add_counter("xllm:log_lines_dropped", "Log lines of a sink that blocked", num_dropped_lines)
+        metrics.add_counter("xllm:spans_dropped", "Spans not exported", lambda: desk.tracer.num_dropped)
         self._usage = usage
         self._keys = KeyRing(config.api_key, config.admin_key)
         self._hosts = HostRule(config.host, config.allowed_hosts)

@@ -7,30 +7,25 @@ served models, finish reasons. Nothing a client sends becomes a label.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol, TypeVar
+from collections.abc import Callable
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 
-from xllm.observability.buckets import LATENCY_S, LENGTH, TOKEN_S, TTFT_S
-from xllm.service.snapshot import FrontSnapshot, InstanceSnapshot, NullObserver, RequestRecord
+from xllm.api.snapshot_metrics import Readable, SnapshotCollector
+from xllm.observability.buckets import GAP_S, LATENCY_S, LENGTH, RATIO, TOKEN_S, TTFT_S
+from xllm.service.draft import RequestDraft
+from xllm.service.failover.blame import DeathCause
+from xllm.service.instances.about import InstanceState
+from xllm.service.router.base import Placement
+from xllm.service.snapshot import NullObserver, RequestRecord
 from xllm.service.stream import Delta
-from xllm.types import EngineSnapshot, FinishReason, ModelCard
+from xllm.types import FinishReason
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _REASONS = frozenset(r.value for r in FinishReason)
-
-
-class Readable(Protocol):
-    """The part of the front that is read on a scrape."""
-
-    def snapshot(self) -> FrontSnapshot: ...
-
-    def models(self) -> list[ModelCard]: ...
+_DEATHS = frozenset(get_args(DeathCause))
 
 
 class Metrics(NullObserver):
@@ -38,7 +33,7 @@ class Metrics(NullObserver):
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._source = _SnapshotCollector()
+        self._source = SnapshotCollector()
         self._registry.register(self._source)
         by_model = ("model_name",)
 
@@ -68,12 +63,60 @@ class Metrics(NullObserver):
         self._responses = Counter(
             "xllm:http_responses", "HTTP responses", ("route", "status"), registry=self._registry
         )
+        self._refused = Counter(
+            "xllm:requests_refused", "Requests not admitted", ("reason",), registry=self._registry
+        )
+        self._placements = Counter(
+            "xllm:placements",
+            "Placements: first or again, and whether on a cached prefix",
+            ("attempt", "prefix"),
+            registry=self._registry,
+        )
+        self._ttft_error = histogram(
+            "xllm:ttft_prediction_error_ratio", "Relative error of the predicted time to first token", RATIO
+        )
+        self._predicted_s: dict[str, float] = {}
+        self._detect = Histogram(
+            "xllm:fault_detect_seconds",
+            "From an instance's last progress to the finding",
+            ("finding",),
+            registry=self._registry,
+            buckets=GAP_S,
+        )
+        self._gap = Histogram(
+            "xllm:move_gap_seconds",
+            "From a moved request's last output to its next",
+            registry=self._registry,
+            buckets=GAP_S,
+        )
 
     # -- FrontObserver --------------------------------------------------------------------------
+
+    def on_refused(self, draft: RequestDraft, code: str) -> None:
+        self._refused.labels(code).inc()
+
+    def on_placed(self, request_id: str, placement: Placement, attempt: int) -> None:
+        self._placements.labels("again" if attempt else "first", _prefix_class(placement)).inc()
+        if placement.ttft_ms is not None and not attempt:
+            self._predicted_s[request_id] = placement.ttft_ms / 1000
+        else:
+            self._predicted_s.pop(request_id, None)  # of a moved request no prediction can come true
+
+    def on_resumed(self, request_id: str, instance: str, gap_s: float) -> None:
+        self._gap.observe(gap_s)
+
+    def on_instance(self, name: str, state: InstanceState, reason: str, detect_s: float) -> None:
+        if state == "suspect":
+            self._detect.labels("suspicion").observe(detect_s)
+        elif state == "lost" and reason in _DEATHS:
+            self._detect.labels("death").observe(detect_s)
 
     def on_delta(self, request_id: str, model: str, delta: Delta, gap_s: float, *, first: bool) -> None:
         if first:
             self._ttft.labels(model).observe(gap_s)
+            predicted_s = self._predicted_s.pop(request_id, None)
+            if predicted_s is not None and gap_s > 0:
+                self._ttft_error.labels(model).observe(abs(predicted_s - gap_s) / gap_s)
             return
         # Once a token: the look-up by labels costs as much as the observation.
         child = self._itl_of.get(model)
@@ -82,6 +125,7 @@ class Metrics(NullObserver):
         child.observe(gap_s)
 
     def on_ended(self, record: RequestRecord) -> None:
+        self._predicted_s.pop(record.request_id, None)
         model, tokens = record.model, record.usage.completion_tokens
         aborted = record.outcome == "aborted"
         reason = "abort" if aborted else record.outcome if record.outcome in _REASONS else "error"
@@ -106,6 +150,14 @@ class Metrics(NullObserver):
         """`route` is a label of the route table, never a path."""
         self._responses.labels(route, str(status)).inc()
 
+    def add_gauge(self, name: str, help: str, value: Callable[[], float]) -> None:
+        """A number that somebody else keeps, read on each scrape. For who composes the server."""
+        self._source.gauges[name] = (help, value)
+
+    def add_counter(self, name: str, help: str, value: Callable[[], float]) -> None:
+        """As `add_gauge`, of a number that only grows; the exposition appends `_total`."""
+        self._source.counters[name] = (help, value)
+
     def render(self, front: Readable, *, num_tasks: int) -> bytes:
         """The exposition text; `num_tasks` are the tasks of the front's event loop."""
         self._source.front = front
@@ -113,82 +165,10 @@ class Metrics(NullObserver):
         return generate_latest(self._registry)
 
 
-_GAUGES: tuple[tuple[str, str, Callable[[EngineSnapshot], float]], ...] = (
-    ("vllm:num_requests_running", "Requests in the batch", lambda e: e.num_running),
-    ("vllm:num_requests_waiting", "Requests in the engine's queue", lambda e: e.num_waiting),
-    (
-        "vllm:kv_cache_usage_perc",
-        "Share of KV pages owned by requests, 0 to 1",
-        lambda e: e.owned_pages / e.total_pages if e.total_pages else 0.0,
-    ),
-    ("xllm:owned_pages", "KV pages owned by requests", lambda e: e.owned_pages),
-    ("xllm:cached_pages", "KV pages kept for reuse", lambda e: e.cached_pages),
-    ("xllm:free_pages", "KV pages without content", lambda e: e.free_pages),
-    ("xllm:program_arena_bytes", "Memory of recorded programs", lambda e: e.program_arena_bytes),
-    ("xllm:last_step_seconds", "Duration of the last step", lambda e: e.last_step_ms / 1000),
-)
-
-_COUNTERS: tuple[tuple[str, str, Callable[[EngineSnapshot], float]], ...] = (
-    ("vllm:num_preemptions", "Preempted sequences", lambda e: e.num_preemptions),
-    ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache", lambda e: e.prefix_queries),
-    ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache", lambda e: e.prefix_hits),
-    ("vllm:prompt_tokens", "Prompt tokens processed", lambda e: e.prompt_tokens),
-    ("vllm:generation_tokens", "Tokens generated", lambda e: e.generation_tokens),
-    ("xllm:engine_steps", "Steps run", lambda e: e.step),
-    ("xllm:program_captures", "Programs made, one for each shape bucket", lambda e: e.program_captures),
-    ("xllm:program_replays", "Programs run", lambda e: e.program_replays),
-    ("xllm:eager_steps", "Steps beyond every bucket", lambda e: e.num_eager_steps),
-    ("xllm:engine_requests_accepted", "Requests the engine accepted", lambda e: e.num_accepted),
-    ("xllm:engine_requests_ended", "Requests the engine ended", lambda e: e.num_ended),
-)
-
-
-class _SnapshotCollector(Collector):
-    """Metrics that are read, not observed."""
-
-    def __init__(self) -> None:
-        self.front: Readable | None = None
-        self.num_tasks = 0
-
-    def collect(self) -> Iterator[Metric]:
-        if self.front is None:
-            return
-        snapshot = self.front.snapshot()
-        for name, help, read in _GAUGES:
-            yield _family(GaugeMetricFamily(name, help, labels=_LABELS), snapshot.instances, read)
-        for name, help, read in _COUNTERS:
-            yield _family(CounterMetricFamily(name, help, labels=_LABELS), snapshot.instances, read)
-        up = GaugeMetricFamily("xllm:instance_up", "1 while the instance is connected", labels=_LABELS)
-        for i in snapshot.instances:
-            up.add_metric((i.model_id, i.name), float(i.alive))
-        yield up
-        yield GaugeMetricFamily("xllm:front_tasks", "Tasks of the front's event loop", self.num_tasks)
-        yield GaugeMetricFamily("xllm:inflight_requests", "Accepted, not ended", snapshot.num_inflight_reqs)
-        yield GaugeMetricFamily("xllm:inflight_tokens", "Their prompt tokens", snapshot.num_inflight_tokens)
-        yield CounterMetricFamily("xllm:requests_accepted", "Accepted requests", snapshot.num_accepted)
-        yield CounterMetricFamily("xllm:requests_refused", "Refused requests", snapshot.num_refused)
-        yield CounterMetricFamily(
-            "xllm:divergences", "Replayed tokens that differed", snapshot.num_divergences
-        )
-        yield CounterMetricFamily("xllm:stale_frames", "Frames of old attempts", snapshot.num_stale_frames)
-        yield _cache_config(self.front.models())
-
-
-_LABELS = ("model_name", "engine")
-_Family = TypeVar("_Family", GaugeMetricFamily, CounterMetricFamily)
-
-
-def _family(
-    family: _Family, instances: Iterable[InstanceSnapshot], read: Callable[[EngineSnapshot], float]
-) -> _Family:
-    for i in instances:
-        family.add_metric((i.model_id, i.name), float(read(i.engine)))
-    return family
-
-
-def _cache_config(cards: Iterable[ModelCard]) -> Metric:
-    labels = ("model_name", "block_size", "num_gpu_blocks", "cache_dtype")
-    info = GaugeMetricFamily("vllm:cache_config_info", "KV cache of each model", labels=labels)
-    for card in cards:
-        info.add_metric((card.model_id, str(card.page_size), str(card.num_pages), card.dtype), 1.0)
-    return info
+def _prefix_class(placement: Placement) -> str:
+    """From the reasons of the policy, which are free text, to a closed set: hit, miss or unknown."""
+    told = next((r for r in placement.reasons if r.startswith("hit_tokens=")), None)
+    if told is None:
+        return "unknown"
+    num_tokens = told.removeprefix("hit_tokens=").partition("/")[0]
+    return "miss" if num_tokens == "0" else "hit"

@@ -18,10 +18,13 @@ from typing import Any
 
 from xllm.config.flags import dashed
 from xllm.errors import ConfigError, XllmError
+from xllm.observability.logs import flush_logs
 from xllm.version import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("xllm.cli.serve", "serve a model over the OpenAI API"),
+    "service": ("xllm.cli.service", "serve what instances elsewhere have loaded"),
+    "instance": ("xllm.cli.instance", "load a model for services elsewhere"),
     "chat": ("xllm.cli.chat", "talk to a model in the terminal"),
     "bench": ("xllm.cli.bench.command", "measure a server, or the engine alone"),
     "explain": ("xllm.cli.explain", "say why a request went where it went, and where its time was spent"),
@@ -71,6 +74,7 @@ def run_command(name: str, words: Sequence[str]) -> int:
     try:
         return int(module.run(args))
     except XllmError as error:
+        flush_logs()
         if getattr(args, "log_level", None) == "debug":
             traceback.print_exc()
         print(f"xllm {name}: {error.message}", file=sys.stderr)

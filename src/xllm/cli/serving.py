@@ -1,4 +1,4 @@
-"""Puts a whole server together: engine process, front, HTTP. `serve` and `chat` both run this one.
+"""Puts a whole server together: engine processes, front, HTTP. `serve` and `chat` both run this one.
 
 Order matters: the port is opened last, so that whoever can connect is served, and closed first.
 """
@@ -10,19 +10,19 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from xllm.api.app import create_app
-from xllm.api.metrics import Metrics
 from xllm.api.server import HttpServer
+from xllm.cli.watching import open_desk
 from xllm.clock import Clock, SystemClock
-from xllm.config import ClusterConfig, EngineConfig, FrontConfig, ObservabilityConfig, ServerConfig
+from xllm.config import ClusterConfig, EngineConfig, FrontConfig, ServerConfig
+from xllm.config.instances import parse_instances
 from xllm.config.load import Loaded
 from xllm.config.report import StartupReport, sources_lines
 from xllm.errors import ConfigError
 from xllm.ids import new_request_id
-from xllm.observability.otlp import make_tracer
+from xllm.service.instances.local import LocalEngine
 from xllm.service.local import LocalService
 from xllm.service.usage import UsageRecorder
 from xllm.service.usage.open import open_usage_store
-from xllm.service.watch.desk import WatchDesk
 from xllm.types import ModelCard
 
 SECTIONS = (EngineConfig, FrontConfig, ClusterConfig, ServerConfig)
@@ -48,29 +48,27 @@ async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> Async
         loaded.build(FrontConfig),
         loaded.build(ServerConfig),
     )
+    num_engines = sum(parse_instances(loaded.build(ClusterConfig).instances).values())
     if not engine_config.model.model:
         raise ConfigError("name a model, e.g. xllm serve smollm2 (xllm list shows more)")
     for line in (*loaded.notes, *sources_lines(loaded.values, loaded.sources)):
         say(f"  {line}")
     report = StartupReport(clock)
-    metrics = Metrics()
-    tracer = make_tracer(loaded.build(ObservabilityConfig).otlp_endpoint, "xllm-front")
     usage = open_usage_store(server_config.usage_db)
     recorder = UsageRecorder(usage, clock, front_id=new_request_id())
-    desk = WatchDesk(clock, metrics, recorder, tracer=tracer)
+    metrics, desk = open_desk(loaded, clock, recorder)
     service = await LocalService.start(
-        [engine_config],
+        [engine_config] * num_engines,
         front_config,
         clock,
-        on_progress=lambda stage, seconds: say(f"  {seconds:7.2f} s  engine: {stage}"),
+        on_progress=lambda name, stage, seconds: say(f"  {seconds:7.2f} s  {name}: {stage}"),
+        on_up=_Introductions(say),
         observer=desk.observer,
         log_level=server_config.log_level,
     )
     try:
-        (engine,) = service.engines
-        say(report.stage("engine and front together"))
-        for line in engine.report:
-            say(f"    {line}")
+        engine, *_ = service.engines
+        say(report.stage("first engine and front together"))
         app = create_app(service.front, server_config, clock=clock, metrics=metrics, desk=desk, usage=usage)
         server = HttpServer(app, server_config)
         await server.start()
@@ -88,6 +86,21 @@ async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> Async
         await service.close()
         desk.close()
         await usage.close()
+
+
+class _Introductions:
+    """Tells of each engine that comes up, and of its choices only what the one before did not say."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self._said: frozenset[str] = frozenset()
+
+    def __call__(self, name: str, engine: LocalEngine) -> None:
+        self._say(f"  {name} takes requests (process {engine.pid})")
+        for line in engine.report:
+            if line not in self._said:
+                self._say(f"    {line}")
+        self._said = frozenset(engine.report)
 
 
 def base_url(host: str, port: int, *, tls: bool = False) -> str:

@@ -47,3 +47,8 @@ def engine_environment() -> dict[str, str]:
     if "OMP_WAIT_POLICY" in os.environ:
         return dict(os.environ)
     return {"GOMP_SPINCOUNT": "1000", **os.environ}
+
+
+def become_engine() -> None:
+    """Give this very process the environment of an engine; before any library with threads is loaded."""
+    os.environ.update(engine_environment())

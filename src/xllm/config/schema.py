@@ -76,6 +76,9 @@ class PlatformConfig:
         "auto", "replay recorded steps instead of calling op by op; auto = where the platform can"
     )
     cpus: str | None = option(None, "CPUs that the engine's threads are bound to, e.g. 0-3,8; default: none")
+    num_local_instances: int = option(
+        1, "engines that share this machine's cores and memory; serve counts its own", has_flag=False
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +107,7 @@ class FrontConfig:
     """Admission, routing and failure limits of the front."""
 
     router_policy: str = option(
-        "round-robin",
+        "cache-aware",
         "round-robin, least-load, cache-aware, slo-aware, or an entry point of xllm.router_policies",
     )
     max_num_inflight_reqs: int = option(1024, "accepted and not yet ended requests; beyond: 429")

@@ -21,13 +21,15 @@ from xllm.config import EngineConfig
 from xllm.engine.core import EngineCore
 from xllm.engine.executor import InProcExecutor
 from xllm.engine.memory.manager import PageManager
-from xllm.engine.platform.base import Runner
+from xllm.engine.platform.base import KeepsPages, Runner
 from xllm.engine.platform.host import bind_to_cpus
 from xllm.engine.platform.registry import select_platform
 from xllm.engine.progress import StepProgress
+from xllm.engine.runner.kv_size import page_bytes_of
 from xllm.engine.sampling import Sampler, load_processors
 from xllm.engine.scheduler.order import create_order
 from xllm.engine.scheduler.scheduler import Scheduler
+from xllm.engine.surviving import SharedPages, adopt
 from xllm.errors import ConfigError
 from xllm.types import ModelCard
 from xllm.wire.messages import Ready
@@ -65,9 +67,16 @@ class _Stages:
 
 
 def build_engine(
-    config: EngineConfig, clock: Clock, progress: Progress, on_assets: OnAssets = lambda assets: None
+    config: EngineConfig,
+    clock: Clock,
+    progress: Progress,
+    on_assets: OnAssets = lambda assets: None,
+    shared: SharedPages | None = None,
 ) -> BuiltEngine:
-    """An engine ready to step. Raises ConfigError with field, value and remedy."""
+    """An engine ready to step, with its pages in `shared` if the platform can.
+
+    Raises ConfigError with field, value and remedy.
+    """
     stages = _Stages(clock, progress)
     order = create_order(config.scheduler.scheduling_policy)
     sampler = Sampler(load_processors(config.scheduler.logits_processors))
@@ -82,6 +91,8 @@ def build_engine(
     on_assets(assets)
     stages.done("model files found and read")
     platform, reasons = select_platform(config, arch)
+    if shared is not None and isinstance(platform, KeepsPages):
+        platform = platform.over(shared)
     stages.done(f"platform {platform.name} ready")
     max_model_len, why_len = _max_model_len(config, arch)
     built = platform.create_runner(arch, source.tensors(), config, max_model_len, sampler)
@@ -107,22 +118,30 @@ def build_engine(
         lambda: runner.program_counters,
         progress=StepProgress(lambda: runner.finished_layers),
     )
+    kept: tuple[str, ...] = ()
+    if shared is not None and shared.groups:
+        core.keeper, adopted = adopt(shared, memory, card.numerics_class, card.kv_layout_digest)
+        kept = (adopted.line(),)
     return BuiltEngine(
         core=core,
         runner=runner,
         memory=memory,
         assets={_digest(data): data for data in assets.values()},
-        report=(*reasons, why_len, *built.report),
+        report=(*reasons, why_len, *built.report, *kept),
     )
 
 
 def build_here(
-    config: EngineConfig, progress: Progress, on_assets: OnAssets = lambda assets: None
+    config: EngineConfig,
+    progress: Progress,
+    on_assets: OnAssets = lambda assets: None,
+    pages_fd: int | None = None,
 ) -> BuiltEngine:
     """`build_engine` for a process that is to be this engine and nothing else."""
     # First: whatever is started and counted from here on knows these CPUs only.
     bound = bind_to_cpus(config.platform.cpus)
-    engine = build_engine(config, SystemClock(), progress, on_assets)
+    shared = None if pages_fd is None else SharedPages(pages_fd)
+    engine = build_engine(config, SystemClock(), progress, on_assets, shared)
     return engine if bound is None else replace(engine, report=(bound, *engine.report))
 
 
@@ -178,6 +197,7 @@ def _card(
         deterministic=runner.deterministic,
         page_size=runner.kv_layout.page_size,
         num_pages=sum(num_pages),
+        page_bytes=sum(page_bytes_of(g, runner.kv_layout.dtype) for g in runner.kv_layout.groups),
         generation_config=dict(source.generation_config()),
         created_s=int(clock.wall_s()),
     )

@@ -15,11 +15,12 @@ from xllm.engine.executor.base import Executor
 from xllm.engine.kernels.programs import ProgramCounters
 from xllm.engine.memory.manager import PageManager
 from xllm.engine.memory.news import PageChanges
-from xllm.engine.progress import Fitter, Pace, StepProgress, shape_of
+from xllm.engine.progress import Pace, StepProgress, shape_of
 from xllm.engine.scheduler.scheduler import Scheduler
+from xllm.engine.surviving import Keeper
 from xllm.errors import UnavailableError
 from xllm.limits import validate_spec
-from xllm.types import EngineSnapshot, ModelCard, RequestSpec
+from xllm.types import PAGE_SIZE, EngineSnapshot, ModelCard, RequestSpec
 from xllm.wire.messages import Frame
 
 Outputs = dict[int, list[Frame]]
@@ -37,7 +38,6 @@ class EngineCore:
         executor: Executor,
         clock: Clock,
         program_counters: Callable[[], ProgramCounters | None] = lambda: None,
-        fitter: Fitter | None = None,
         progress: StepProgress | None = None,
     ) -> None:
         self.card = card
@@ -47,7 +47,8 @@ class EngineCore:
         self._memory = memory
         self._executor = executor
         self._program_counters = program_counters
-        self._pace = Pace(fitter)
+        self.keeper: Keeper | None = None
+        self._pace = Pace()
         self._last_step_ms = 0.0
         self._draining = False
 
@@ -66,6 +67,9 @@ class EngineCore:
         now_s = self.clock.monotonic_s()
         self.progress.begin(now_s)
         plan = self.scheduler.plan(now_s)
+        if self.keeper is not None and self.keeper.num_due:
+            # Now, since what the last step brought is on its way to its readers. In proportion to the step.
+            self.keeper.write(None if plan is None else 1 + plan.num_rows // PAGE_SIZE)
         if plan is not None:
             shape = shape_of(plan)
             self.progress.predicted_ms = self._pace.predict_ms(shape)
@@ -138,4 +142,6 @@ class EngineCore:
         )
 
     def close(self) -> None:
+        if self.keeper is not None:
+            self.keeper.write()
         self._executor.close()

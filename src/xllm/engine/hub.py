@@ -75,7 +75,7 @@ class Hub:
         self._progress = progress
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Write what is queued, then close everything."""
+        """Write what is queued, let fronts read it, then close everything."""
         self._closing.set()
         self._wake()
         if self._thread.ident is not None:
@@ -99,7 +99,7 @@ class Hub:
 
     def _loop(self) -> None:
         tick_s = self._clock.monotonic_s() + PULSE_S
-        while not (self._closing.is_set() and self._all_written()):
+        while not (self._closing.is_set() and self._all_gone()):
             now_s = self._clock.monotonic_s()
             if now_s >= tick_s:
                 tick_s = now_s + PULSE_S
@@ -117,9 +117,13 @@ class Hub:
                 if link is not None:
                     self._settle(link)
 
-    def _all_written(self) -> bool:
+    def _all_gone(self) -> bool:
         self._stop_listening()
-        return all(session.flush() for session in tuple(self._links))
+        for link in tuple(self._links.values()):
+            if not link.session.ending:
+                link.session.ending = True
+                self._settle(link)
+        return not self._links
 
     def _serve(self, link: Link, events: int) -> None:
         if events & _READ and not self._read(link):
@@ -138,10 +142,10 @@ class Hub:
             return self._drop(link, error.code, error.message)
         except XllmError as error:
             self._count(link, error.code, error.message)
-            link.refuse(error)
+            link.refuse(error, self._clock.monotonic_s())
             return True
         if messages is None:
-            cause = None if link.is_proved or link.is_refused else "handshake_ended"
+            cause = None if link.is_proved or link.deaf_since_s is not None else "handshake_ended"
             return self._drop(link, cause, "it left during the hand-shake")
         for message in messages:
             self.inbox.put((link.session, message))
@@ -155,9 +159,10 @@ class Hub:
             return
         written = session.flush()
         if session.ending and written:
-            if not link.is_refused:
+            if not link.lingers:
                 self._drop(link)
                 return
+            link.leave(self._clock.monotonic_s())
             with contextlib.suppress(OSError):
                 session.sock.shutdown(socket.SHUT_WR)
         wanted = (0 if link.must_pause() else _READ) | (0 if written else _WRITE)
@@ -177,10 +182,10 @@ class Hub:
         for link in tuple(self._links.values()):
             late = link.overdue(now_s)
             if late is not None:
-                # One that was refused has been counted already.
-                self._drop(link, None if link.is_refused else late, "its time is over")
+                # One that was told to leave has been counted already, if it was at fault.
+                self._drop(link, None if link.deaf_since_s is not None else late, "its time is over")
             elif link.session.pulsing and progress is not None and not link.session.backlog_bytes:
-                link.session.send(_pulse(progress, now_s))
+                link.session.send(pulse_of(progress, now_s))
                 self._settle(link)
             else:
                 self._settle(link)
@@ -280,7 +285,8 @@ class Hub:
             self._wake_send.send(b"\0")
 
 
-def _pulse(progress: StepProgress, now_s: float) -> Pulse:
+def pulse_of(progress: StepProgress, now_s: float) -> Pulse:
+    """What a front is told of the step that runs."""
     busy = progress.busy
     return Pulse(
         step=progress.turn,

@@ -25,6 +25,10 @@ READ_BYTES = 1 << 16
 """Below the size from which the allocator maps and unmaps memory for every read."""
 
 
+LINGER_S = 0.5
+"""How long a peer may take to close its side after ours was."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkLimits:
     """`max_frame_bytes`: a decoded prompt takes eight times its frame. `max_unread`, `max_unread_bytes`: what
@@ -68,6 +72,7 @@ class Link:
         handshake: Handshake | None = None,
     ) -> None:
         self.session = session
+        self.lingers = handshake is not None
         self.where = where
         self.wanted = 0
         self.paused = False
@@ -77,7 +82,7 @@ class Link:
         self._splitter = FrameSplitter(
             limits.max_frame_bytes if handshake is None else MAX_HANDSHAKE_FRAME_BYTES
         )
-        self._refused = False
+        self.deaf_since_s: float | None = None
         self._num_early_bytes = 0
         self._began_s = now_s
         self._frame_since_s = now_s
@@ -96,11 +101,11 @@ class Link:
         data = self.session.sock.recv(READ_BYTES)
         if not data:
             return None
-        if self._refused or self._handshake is not None:
+        if self._handshake is not None:
             self._num_early_bytes += len(data)
             if self._num_early_bytes > MAX_HANDSHAKE_BYTES:
                 raise WireError("too much before the hand-shake was done")
-        if self._refused:
+        if self.deaf_since_s is not None:
             return []
         if not self._splitter.has_partial:
             self._frame_since_s = now_s
@@ -114,20 +119,24 @@ class Link:
                 self._decode(body, messages)
         return messages
 
-    def refuse(self, error: XllmError) -> None:
-        """Tell the peer why; what it still sends is read and thrown away, lest the reason be lost to a reset."""
-        self._refused = True
+    def refuse(self, error: XllmError, now_s: float) -> None:
+        """Tell the peer why it is not let in."""
         self.session.send(refusal(error))
         self.session.end()
+        self.leave(now_s)
 
-    @property
-    def is_refused(self) -> bool:
-        return self._refused
+    def leave(self, now_s: float) -> None:
+        """From now on what arrives is thrown away: closing over unread bytes would reset the connection, and
+        that destroys what was sent last, at the peer."""
+        if self.deaf_since_s is None:
+            self.deaf_since_s = now_s
 
     def overdue(self, now_s: float) -> str | None:
         """Why the connection should be dropped for being late, if it should."""
         limits = self._limits
-        if self._handshake is not None or self._refused:
+        if self.deaf_since_s is not None:
+            return "deaf" if now_s - self.deaf_since_s > LINGER_S else None
+        if self._handshake is not None:
             return "handshake_timeout" if now_s - self._began_s > limits.handshake_s else None
         if self._splitter.has_partial and now_s - self._frame_since_s > limits.frame_s:
             return "frame_timeout"

@@ -81,15 +81,23 @@ class EngineLoop:
 
     def run(self) -> None:
         """Until stopped, drained, or the parent is gone. Every accepted request has ended then."""
+        self._kv.tell(may_wait=False)
         ran = False
         while self._take_messages(may_wait=not ran):
             ran = self._core.advance()
-            self._send_outputs()
-            self._kv.tell(may_wait=ran)
-            if self._leaving:
-                self._let_go()
-            if self._drain_end_s is not None and self._is_drained(self._drain_end_s):
+            if not self._publish(ran):
                 break
+        self._finish()
+
+    def _publish(self, ran: bool) -> bool:
+        """Send what came due; False = drained, and it ends."""
+        self._send_outputs()
+        self._kv.tell(may_wait=ran)
+        if self._leaving:
+            self._let_go()
+        return self._drain_end_s is None or not self._is_drained(self._drain_end_s)
+
+    def _finish(self) -> None:
         self._core.abort_all()
         self._core.advance()
 
@@ -169,6 +177,8 @@ class EngineLoop:
         num_aborted = self._core.abort_all(port.number)
         if num_aborted:
             log.info("a front is gone; %d requests of it were aborted", num_aborted)
+            # The others hear at once that there is room, not with the next regular news.
+            self._stats_s = 0.0
         if port is self._parent:
             self._stopped = True
 
@@ -211,11 +221,10 @@ class EngineLoop:
                 self._tracer.told(owner, frames)
                 if port is not None:
                     port.send(Frames(frames=tuple(frames), snapshot=snapshot))
-        if len(outputs) < len(self._fronts):
-            now_s = self._core.progress.since_s
-            if now_s >= self._stats_s:
-                self._stats_s = now_s + STATS_S
-                self._tell_all([p for number, p in self._fronts.items() if number not in outputs])
+        silent = [port for number, port in self._fronts.items() if number not in outputs]
+        if silent and (now_s := self._core.progress.since_s) >= self._stats_s:
+            self._stats_s = now_s + STATS_S
+            self._tell_all(silent)
 
     def _tell_all(self, ports: Iterable[Port]) -> None:
         stats = Stats(snapshot=self._look())

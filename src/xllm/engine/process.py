@@ -15,6 +15,8 @@ import socket
 import sys
 from collections.abc import Mapping
 
+import msgspec
+
 from xllm.clock import SystemClock
 from xllm.engine.build import BuiltEngine, build_here, ready_of
 from xllm.engine.hub import Hub
@@ -37,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     """Serve one front until it is gone; 0 = ended in order, 1 = could not start."""
     parser = argparse.ArgumentParser(prog="xllm-engine")
     parser.add_argument("--fd", type=int, required=True, help="inherited socket to the front")
+    parser.add_argument("--pages-fd", type=int, help="inherited memory for KV pages that outlive us")
     parser.add_argument("--log-level", default="warning")
     args = parser.parse_args(argv)
     setup_logging(args.log_level)
@@ -44,17 +47,19 @@ def main(argv: list[str] | None = None) -> int:
     # Ctrl-C goes to the whole process group; the front decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     hub = Hub(None, SystemClock())
     session = hub.adopt(socket.socket(fileno=args.fd))
     hub.start()
     try:
-        return _serve(hub, session, args.log_level)
+        return _serve(hub, session, args.pages_fd, args.log_level)
     finally:
         hub.close()
 
 
-def _serve(hub: Hub, session: Session, log_level: str) -> int:
-    session.send(Hello(incarnation=new_request_id(), role=INSTANCE))
+def _serve(hub: Hub, session: Session, pages_fd: int | None, log_level: str) -> int:
+    incarnation = new_request_id()
+    session.send(Hello(incarnation=incarnation, role=INSTANCE))
     (_, hello), (_, start) = hub.inbox.get(), hub.inbox.get()
     if not isinstance(hello, Hello) or not isinstance(start, Start):
         return 1
@@ -63,12 +68,12 @@ def _serve(hub: Hub, session: Session, log_level: str) -> int:
         return 1
     session.version = min(hello.version, WIRE_VERSION)
     setup_logging(log_level, as_json=start.config.observability.log_format == "json")
-    engine = _build(session, start)
+    engine = _build(session, start, pages_fd)
     if engine is None:
         return 1
     tracer = RequestTracer.for_config(start.config)
     settle()
-    ready = ready_of(engine, start.config)
+    ready = msgspec.structs.replace(ready_of(engine, start.config), incarnation=incarnation)
     session.send(ready)
     hub.tell_progress(engine.core.progress)
     try:
@@ -87,7 +92,7 @@ def _serve(hub: Hub, session: Session, log_level: str) -> int:
     return 0
 
 
-def _build(session: Session, start: Start) -> BuiltEngine | None:
+def _build(session: Session, start: Start, pages_fd: int | None) -> BuiltEngine | None:
     def progress(stage: str, elapsed_s: float) -> None:
         session.send(Progress(stage=stage, elapsed_s=elapsed_s))
 
@@ -95,7 +100,7 @@ def _build(session: Session, start: Start) -> BuiltEngine | None:
         session.send(Progress(stage="text assets made", assets=dict(assets)))
 
     try:
-        return build_here(start.config, progress, early)
+        return build_here(start.config, progress, early, pages_fd)
     except XllmError as error:
         session.send(StartFailed(error=error.info()))
     except Exception:

@@ -7,44 +7,16 @@ mixes two of them is off by one step at most. No threads and no clock here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
+from xllm.cost import CostFitter, StepCost, attention_work
 from xllm.engine.plan import StepPlan
 
 Shape = tuple[int, int, int, int]
-"""(prefill rows, tokens these stand on, decoding sequences, tokens these stand on) of a step."""
+"""(prefill rows, tokens these attend to in all, decoding sequences, tokens these stand on) of a step: the
+arguments of `cost.StepCost.step_ms`."""
 
 COST_EVERY = 16
 """Steps between two readings of the fitted cost; solving for it takes longer than observing."""
-
-
-class FittedCost(Protocol):
-    """`cost.StepCost`, as far as an engine needs it."""
-
-    @property
-    def coefficients(self) -> tuple[float, ...]: ...
-
-    def step_ms(
-        self, prefill_rows: int, prefill_context: int, num_decoding: int, decode_context: int
-    ) -> float: ...
-
-
-class Fitter(Protocol):
-    """`cost.CostFitter`."""
-
-    @property
-    def error(self) -> float: ...
-
-    def observe(
-        self,
-        prefill_rows: int,
-        prefill_context: int,
-        num_decoding: int,
-        decode_context: int,
-        elapsed_ms: float,
-    ) -> None: ...
-
-    def cost(self) -> FittedCost | None: ...
 
 
 def no_layer() -> int:
@@ -76,9 +48,9 @@ class Pace:
 
     __slots__ = ("_cost", "_fitter", "_num_steps", "coefficients", "error")
 
-    def __init__(self, fitter: Fitter | None) -> None:
-        self._fitter = fitter
-        self._cost: FittedCost | None = None
+    def __init__(self) -> None:
+        self._fitter = CostFitter()
+        self._cost: StepCost | None = None
         self._num_steps = 0
         self.coefficients: tuple[float, ...] = ()
         self.error = 0.0
@@ -88,8 +60,6 @@ class Pace:
         return 0.0 if self._cost is None else self._cost.step_ms(*shape)
 
     def observe(self, shape: Shape, elapsed_ms: float) -> None:
-        if self._fitter is None:
-            return
         self._fitter.observe(*shape, elapsed_ms)
         self._num_steps += 1
         if self._num_steps % COST_EVERY == 0:
@@ -108,5 +78,5 @@ def shape_of(plan: StepPlan) -> Shape:
             decode_context += entry.start + 1
         else:
             rows += count
-            context += entry.start
+            context += attention_work(entry.start, count)
     return rows, context, num_decoding, decode_context

@@ -7,6 +7,7 @@ signals mean what, is the composer's matter.
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import threading
 
@@ -86,7 +87,7 @@ class InstanceServer:
         self._hub.inbox.put((None, Drain()))
 
     def stop(self) -> None:
-        """End after the step that runs. Fronts find their connections closed: the instance is lost to them."""
+        """End after the step that runs. Fronts see closed connections: the instance is lost to them."""
         self._hub.inbox.put((None, None))
 
     def wait(self, timeout_s: float | None = None) -> int | None:
@@ -106,6 +107,24 @@ class InstanceServer:
             self._engine.core.close()
             self._tracer.close()
             self._ended.set()
+
+
+def obey_signals(server: InstanceServer) -> None:
+    """SIGTERM or SIGINT: drain; again: stop after the running step; once more: die. SIGHUP is ignored.
+
+    For the main thread of a process that is this instance and nothing else.
+    """
+    calls = [server.drain, server.stop]
+
+    def handle(number: int, frame: object) -> None:
+        calls.pop(0)()
+        if not calls:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -138,5 +138,5 @@ class Workbench:
         return text, tuple(self.text.tokenizer.encode(text, max_tokens=self.card.max_model_len))
 
 
-def _log_progress(stage: str, elapsed_s: float) -> None:
-    log.info("%s (%.1f s)", stage, elapsed_s)
+def _log_progress(name: str, stage: str, elapsed_s: float) -> None:
+    log.info("%s: %s (%.1f s)", name, stage, elapsed_s)

@@ -17,7 +17,7 @@ import threading
 from typing import TextIO
 
 MAX_WAITING_LINES = 4096
-FLUSH_S = 1.0
+FLUSH_S = 0.5
 """What is still unwritten at the end of the process may take this long."""
 
 _PLAIN = re.compile(r"[^\s\"'=\x00-\x1f]+")
@@ -85,16 +85,27 @@ class BoundedHandler(logging.Handler):
         self._num_told = 0
 
     def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._put(self.format(record))
+        except Exception:  # noqa: BLE001  as logging does: a line that cannot be made must not cost a request
+            self.handleError(record)
+
+    def say(self, line: str) -> None:
+        """A line as it is, between the log's; within a log of objects it becomes one."""
+        if isinstance(self.formatter, JsonFormatter):
+            line = self.format(logging.LogRecord("xllm.say", logging.INFO, "", 0, "%s", (line,), None))
+        with self.lock or threading.Lock():
+            self._put(line)
+
+    def _put(self, line: str) -> None:
         # Called with the handler's lock. Started here, after any fork and any binding to CPUs.
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="xllm-log", daemon=True)
             self._thread.start()
         try:
-            self._lines.put_nowait(self.format(record) + "\n")
+            self._lines.put_nowait(line + "\n")
         except queue.Full:
             self.num_dropped += 1
-        except Exception:  # noqa: BLE001  as logging does: a line that cannot be made must not cost a request
-            self.handleError(record)
 
     def flush(self) -> None:
         """Wait for what is queued, but not for a sink that blocks."""
@@ -136,6 +147,26 @@ class BoundedHandler(logging.Handler):
             self.num_dropped += 1  # closed, or the disk is full: this line is lost, the next may not be
 
 
+def say(line: str) -> None:
+    """Tell whoever started this process. Goes the way of the log once that is set up: nobody waits for it."""
+    handlers = _handlers()
+    for handler in handlers:
+        handler.say(line)
+    if not handlers:
+        print(line, file=sys.stderr, flush=True)
+
+
+def flush_logs() -> None:
+    """Before something is printed that must come after them. Waits for a sink that blocks only so long."""
+    for handler in _handlers():
+        handler.flush()
+
+
+def num_dropped_lines() -> int:
+    """Of this process, since its logging was set up."""
+    return sum(handler.num_dropped for handler in _handlers())
+
+
 def setup_logging(
     level: str = "info", *, as_json: bool = False, stream: TextIO | None = None
 ) -> BoundedHandler:
@@ -147,6 +178,10 @@ def setup_logging(
     root.setLevel(level.upper())
     root.propagate = False
     return handler
+
+
+def _handlers() -> list[BoundedHandler]:
+    return [h for h in logging.getLogger("xllm").handlers if isinstance(h, BoundedHandler)]
 
 
 def _shown(value: object) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from xllm.clock import Clock
 from xllm.config import FrontConfig
-from xllm.errors import CapacityError, InternalError, UnavailableError, XllmError
+from xllm.errors import CapacityError, InternalError, RequestError, UnavailableError, XllmError
 from xllm.service.admission import Admission
 from xllm.service.catalogue import Catalogue, no_instance
 from xllm.service.failover.blame import Blame, DeathCause
@@ -25,7 +25,7 @@ from xllm.service.placer import Choice, Placer
 from xllm.service.snapshot import FrontObserver
 from xllm.service.stream import Delta
 from xllm.service.ticket import Ticket
-from xllm.types import RequestSpec
+from xllm.types import FinishReason, RequestSpec
 from xllm.wire.messages import Abort, Frame, Submit
 
 log = logging.getLogger(__name__)
@@ -71,8 +71,8 @@ class Dispatch:
     # -- a new request --------------------------------------------------------------------------------
 
     def choose(self, spec: RequestSpec, candidates: Sequence[Instance]) -> Choice | None:
-        """Where a new request goes; `begin` follows. None when all are full."""
-        return self._placer.choose(spec, candidates)
+        """Where a new request goes; `begin` or `decline` follows. None when all are full."""
+        return self._placer.choose(spec, _large_enough(spec, candidates))
 
     def decline(self, request_id: str) -> None:
         """What was chosen for a new request is not needed: it was not admitted."""
@@ -105,11 +105,8 @@ class Dispatch:
         if ticket.instance is not instance:
             self.num_stale_frames += 1  # not its business any more, or never was
             return
-        if frame.error is not None and frame.attempt == ticket.journal.attempt:
-            error = frame.error.to_error()
-            if isinstance(error, CapacityError | UnavailableError):
-                self._refused(ticket, instance, error)
-                return
+        if frame.last and frame.attempt == ticket.journal.attempt and self._not_here(ticket, instance, frame):
+            return
         ticket.live.deliver(frame)
 
     def on_delta(self, ticket: Ticket, delta: Delta, now_s: float) -> None:
@@ -118,12 +115,29 @@ class Dispatch:
             ticket.grow(len(delta.token_ids))
             return
         ticket.answer()
-        self._placer.settled(ticket.live.request_id)
         if ticket.gap_from_s is not None:
             gap_s, ticket.gap_from_s = now_s - ticket.gap_from_s, None
             self._observer.on_resumed(ticket.live.request_id, ticket.last_name, gap_s)
         if self._queue.caught_up(ticket.live.request_id):
             self.pump()
+
+    def _not_here(self, ticket: Ticket, instance: Instance, frame: Frame) -> bool:
+        """Whether the attempt ends because of the instance and not of the request: then it goes elsewhere."""
+        if frame.error is None:
+            # Nobody here asked for that: the engine ends its requests because it is itself about to end.
+            given_up = frame.finish_reason is FinishReason.ABORT
+            if given_up:
+                pause_s = retry_delay_s(ticket.num_moves)
+                self._take_back(ticket, instance, "given_up", self._clock.monotonic_s() + pause_s)
+                self.pump()
+            return given_up
+        error = frame.error.to_error()
+        # A smaller engine cannot take what a larger one had begun; that is no fault of the request.
+        too_small = isinstance(error, RequestError) and ticket.num_moves > 0
+        if too_small or isinstance(error, CapacityError | UnavailableError):
+            self._refused(ticket, instance, error)
+            return True
+        return False
 
     def _refused(self, ticket: Ticket, instance: Instance, error: XllmError) -> None:
         """The instance would not take it. Its client sees that only if nobody will and nothing has begun."""
@@ -133,7 +147,7 @@ class Dispatch:
         ticket.refused_by.add(instance.name)
         if error.code == "draining":
             self._on_draining(instance)
-        elif ticket.num_moves == 0:
+        elif ticket.num_moves == 0 or isinstance(error, RequestError):
             others = [i for i in self._catalogue.routable(ticket.model_id) if i.name not in ticket.refused_by]
             if not others or ticket.num_refusals > MAX_REFUSALS:
                 ticket.live.fail(error, abort=False)
@@ -148,19 +162,21 @@ class Dispatch:
         """Take all requests off the instance, oldest first; with `hold` they wait for a verdict."""
         evicted = sorted((self.tickets[rid] for rid in instance.requests), key=lambda t: t.age)
         for ticket in evicted:
-            request_id = ticket.live.request_id
-            self._leave(ticket)
-            instance.post(Abort(request_id=request_id, attempt=ticket.journal.attempt))
-            ticket.avoid = instance
-            ticket.num_moves += 1
-            ticket.moved_from, ticket.moved_cause = instance, cause
-            if ticket.gap_from_s is None:
-                ticket.gap_from_s = ticket.last_s
-            self.num_moves[cause] += 1
-            self._queue.wait(request_id, ticket.age, not_before_s=math.inf if hold else 0.0)
+            instance.post(Abort(request_id=ticket.live.request_id, attempt=ticket.journal.attempt))
+            self._take_back(ticket, instance, cause, math.inf if hold else 0.0)
         if not hold:
             self.pump()
         return tuple(t.live.request_id for t in evicted)
+
+    def _take_back(self, ticket: Ticket, instance: Instance, cause: str, not_before_s: float) -> None:
+        self._leave(ticket)
+        ticket.avoid = instance
+        ticket.num_moves += 1
+        ticket.moved_from, ticket.moved_cause = instance, cause
+        if ticket.gap_from_s is None:
+            ticket.gap_from_s = ticket.last_s
+        self.num_moves[cause] += 1
+        self._queue.wait(ticket.live.request_id, ticket.age, not_before_s=not_before_s)
 
     def judge(self, request_ids: Sequence[str], cause: DeathCause | None) -> None:
         """Let held requests go on, but for those that the death convicts. None = nobody is to blame."""
@@ -182,10 +198,11 @@ class Dispatch:
         if self._pumping or not self._queue.num_waiting:
             return
         self._pumping = True
+        full: set[str] = set()
         try:
             for request_id in self._queue.due(self._clock.monotonic_s()):
                 if self._queue.is_waiting(request_id):
-                    self._try(self.tickets[request_id])
+                    self._try(self.tickets[request_id], full)
         finally:
             self._pumping = False
 
@@ -194,10 +211,20 @@ class Dispatch:
         for request_id in self._queue.expired(self._clock.monotonic_s(), self._config.recovery_grace_s):
             self.tickets[request_id].live.fail(no_instance(), abort=False)
 
-    def _try(self, ticket: Ticket) -> None:
+    def _try(self, ticket: Ticket, full: set[str]) -> None:
+        """`full`: models that this pump has no more room for; with hundreds waiting one look must do."""
+        if ticket.model_id in full:
+            return
         request_id, journal = ticket.live.request_id, ticket.journal
         candidates = self._catalogue.routable(ticket.model_id)
         self._queue.alone(request_id, self._clock.monotonic_s(), alone=not candidates)
+        if candidates and not any(self._queue.has_room(i.name, at_risk=False) for i in candidates):
+            # All of them have somewhere to go, be it later.
+            for other in self.tickets.values():
+                if other.model_id == ticket.model_id:
+                    self._queue.alone(other.live.request_id, 0.0, alone=False)
+            full.add(ticket.model_id)
+            return
         at_risk = self._blame.at_risk(request_id, journal.num_committed)
         open_ = [i for i in _preferred(ticket, candidates) if self._queue.has_room(i.name, at_risk=at_risk)]
         if not open_:
@@ -255,26 +282,21 @@ class Dispatch:
             choice.num_matched,
             instance.snapshot.cost,
             source_alive=source.alive and not source.suspect,
+            page_bytes=instance.card.page_bytes,
         )
-        decisions.info(
-            "move request=%s from=%s to=%s attempt=%d cause=%s gap_ms=%.0f: %s",
-            spec.request_id,
-            source.name,
-            instance.name,
-            spec.attempt,
-            ticket.moved_cause,
-            gap_s * 1000,
-            cost,
-        )
-        self._observer.on_moved(
-            spec.request_id, source.name, instance.name, ticket.moved_cause, gap_s, cost.recompute_tokens
-        )
+        self._observer.on_moved(spec.request_id, source.name, instance.name, ticket.moved_cause, gap_s, cost)
 
 
 def _preferred(ticket: Ticket, candidates: Sequence[Instance]) -> Sequence[Instance]:
     """Those that continue bit for bit, if any; of these, those that it does not come from, if any."""
-    pool = candidates
+    pool = _large_enough(ticket.journal.spec, candidates)
     if ticket.journal.num_committed > 0:
         pool = [i for i in pool if i.card.numerics_class == ticket.numerics_class] or pool
     fresh = [i for i in pool if i.name not in ticket.refused_by and i is not ticket.avoid]
     return fresh or [i for i in pool if i is not ticket.avoid] or pool
+
+
+def _large_enough(spec: RequestSpec, candidates: Sequence[Instance]) -> Sequence[Instance]:
+    """Instances of one model may be set to different lengths. If none fits, one of them will say so."""
+    need = len(spec.prompt_token_ids) + (spec.params.max_tokens or 1)
+    return [i for i in candidates if need <= i.card.max_model_len] or candidates

@@ -294,6 +294,7 @@ class Front:
             backlog_tokens=instance.backlog_tokens,
             context_tokens=instance.context_tokens,
             quiet_s=self._guard.quiet_s(instance),
+            num_indexed_pages=self._placer.index.num_pages(instance.name),
         )
 
     def ready(self) -> tuple[bool, str]:
@@ -307,7 +308,8 @@ class Front:
         idle = [i.state for i in instances if i.card.model_id not in served]
         if not idle:
             return True, "ready"
-        return False, next((f"engine_{state}" for state in ("lost", "suspect") if state in idle), "loading")
+        words = ("lost", "suspect", "draining")
+        return False, next((f"engine_{state}" for state in words if state in idle), "loading")
 
     def check_times(self) -> None:
         """Apply all time limits now. Requests and guard have timers; tests with a fake clock have this."""

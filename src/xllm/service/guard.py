@@ -74,20 +74,20 @@ class Guard:
 
     def lost(self, instance: Instance) -> None:
         """Its connection has ended unasked."""
-        quiet_s = self._detector.quiet_s(instance.name, self._clock.monotonic_s())
-        known = instance.started
-        if known:
-            self._unlist(instance)
+        if not instance.started:
+            return  # `Catalogue.add` reports it; it has never had a request
+        now_s = self._clock.monotonic_s()
+        quiet_s = self._detector.quiet_s(instance.name, now_s)
+        self._unlist(instance)
         log.error("instance %s is lost with %d requests", instance.name, len(instance.requests))
         if instance.draining:
+            self._catalogue.lost(instance, forget_s=now_s + self._grace_s)
             self._moves.evict(instance, "drain")
             self._tell(instance, "drained", quiet_s)
         else:
+            self._catalogue.lost(instance, forget_s=None)
             request_ids = self._moves.evict(instance, "lost", hold=True)
             self._find_cause(instance, request_ids, quiet_s)
-        if known:
-            due_s = self._clock.monotonic_s() + self._grace_s if instance.draining else None
-            self._catalogue.lost(instance, forget_s=due_s)
         self._spawn(instance.close())
 
     async def release(self, instance: Instance) -> None:

@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 from xllm.clock import Clock
 from xllm.config import EngineConfig, FrontConfig
 from xllm.service.front import Front
-from xllm.service.instances.handshake import OnProgress, ignore_progress
 from xllm.service.instances.local import LocalEngine
+from xllm.service.instances.supervisor import OnEngineProgress, OnUp, Supervisor
 from xllm.service.snapshot import FrontObserver
 
 
 class LocalService:
     """A front with loaded engines. Make it with `start` and end it with `close`."""
 
-    def __init__(self, front: Front, engines: tuple[LocalEngine, ...]) -> None:
+    def __init__(self, front: Front, supervisor: Supervisor) -> None:
         self.front = front
-        self.engines = engines
-        self._reports: list[asyncio.Task[None]] = []
+        self.supervisor = supervisor
+
+    @property
+    def engines(self) -> tuple[LocalEngine, ...]:
+        """The present engine of every slot that has had one, dead or alive."""
+        return tuple(slot.engine for slot in self.supervisor.slots if slot.engine is not None)
 
     @classmethod
     async def start(
@@ -31,43 +36,48 @@ class LocalService:
         front_config: FrontConfig,
         clock: Clock,
         *,
-        on_progress: OnProgress = ignore_progress,
+        on_progress: OnEngineProgress = lambda name, stage, elapsed_s: None,
+        on_up: OnUp = lambda name, engine: None,
         observer: FrontObserver | None = None,
         log_level: str = "warning",
     ) -> LocalService:
-        """Load one engine per config, one after the other, and put the front before them.
+        """One engine per config behind a front; returns when the first one takes requests.
 
-        The calling thread must outlive the service (see `LocalEngine.launch`). Raises what
-        launching raises; nothing is left running then.
+        The others come as they are ready. Engines that die are started again. The calling thread must
+        outlive the service (see `LocalEngine.launch`). Raises what launching the first one raises;
+        nothing is left running then.
         """
-        service = cls(Front(front_config, None, clock, observer=observer), ())
+        front = Front(front_config, None, clock, observer=observer)
+        supervisor = Supervisor(
+            front,
+            [_sharing(config, len(configs)) for config in configs],
+            front_config,
+            clock,
+            on_progress=on_progress,
+            on_up=on_up,
+            log_level=log_level,
+        )
+        service = cls(front, supervisor)
         try:
-            for config in configs:
-                await service._add(config, front_config, on_progress, log_level)
+            await supervisor.start()
         except BaseException:
             await asyncio.shield(service.close())
             raise
         return service
 
-    async def _add(
-        self, config: EngineConfig, front_config: FrontConfig, on_progress: OnProgress, log_level: str
-    ) -> None:
-        timeout_s = front_config.start_timeout_s
-        engine = await LocalEngine.launch(
-            config, on_progress, self.front.prepare_text, timeout_s=timeout_s, log_level=log_level
-        )
-        self.engines = (*self.engines, engine)
-        await self.front.add_instance(
-            engine.stream,
-            engine.card,
-            name=f"engine-{len(self.engines) - 1}",
-            max_reqs=engine.max_reqs,
-            on_lost=lambda: self._reports.append(asyncio.create_task(engine.report_exit())),
-        )
+    async def rolling_restart(self) -> None:
+        """Replace every engine, one by one, without an error to any request."""
+        await self.supervisor.rolling_restart()
 
     async def close(self, drain_s: float = 0.0) -> bool:
         """Let running requests end within `drain_s`, then end everything; True if none was cut off."""
         complete = await self.front.drain(drain_s)
         await self.front.close()
-        await asyncio.gather(*(engine.terminate() for engine in self.engines), *self._reports)
+        await self.supervisor.close()
         return complete
+
+
+def _sharing(config: EngineConfig, num_engines: int) -> EngineConfig:
+    """Each engine takes its part of the cores and of free memory, unless told otherwise."""
+    sharers = max(num_engines, config.platform.num_local_instances)
+    return replace(config, platform=replace(config.platform, num_local_instances=sharers))

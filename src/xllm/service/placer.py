@@ -92,7 +92,8 @@ class Placer:
         return Choice(instance=chosen, placement=placement, num_matched=num_matched)
 
     def settled(self, request_id: str) -> None:
-        """It has answered, left its instance or ended, or was not placed after all."""
+        """It has left its instance or ended, or was not placed after all. An answer settles nothing: the
+        index may hear of the pages a little later, and until then they would count for nothing."""
         self._memory.settled(request_id)
 
     def learn(self, instance: Instance, delta: KvDelta) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from xllm.service.draft import RequestDraft
+from xllm.service.failover.decision import MoveCost
 from xllm.service.instances.about import InstanceAbout, InstanceState
 from xllm.service.router.base import Placement
 from xllm.service.stream import Delta, Usage
@@ -17,7 +18,7 @@ from xllm.types import EngineSnapshot, RequestSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceSnapshot:
-    """`quiet_s` is the time since its last sign of progress."""
+    """`quiet_s` is the time since its last sign of progress; `num_indexed_pages` it is known to hold."""
 
     name: str
     model_id: str
@@ -29,6 +30,7 @@ class InstanceSnapshot:
     backlog_tokens: int = 0
     context_tokens: int = 0
     quiet_s: float = 0.0
+    num_indexed_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +104,7 @@ class FrontObserver(Protocol):
         """The request was sent to an instance."""
 
     def on_moved(
-        self, request_id: str, source: str, target: str, cause: str, gap_s: float, recompute_tokens: int
+        self, request_id: str, source: str, target: str, cause: str, gap_s: float, cost: MoveCost
     ) -> None:
         """It was sent to `target` since it could not stay at `source`, `gap_s` after its last output.
 
@@ -138,7 +140,7 @@ class NullObserver:
         return
 
     def on_moved(
-        self, request_id: str, source: str, target: str, cause: str, gap_s: float, recompute_tokens: int
+        self, request_id: str, source: str, target: str, cause: str, gap_s: float, cost: MoveCost
     ) -> None:
         return
 

@@ -29,6 +29,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--log-level")
+    parser.add_argument("--pages-fd")
     fd = parser.parse_args().fd
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return asyncio.run(_serve(socket.socket(fileno=fd)))

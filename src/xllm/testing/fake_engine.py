@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 
+from xllm.errors import ErrorInfo
 from xllm.testing.memory_stream import memory_pair
 from xllm.types import EngineSnapshot, FinishReason, ModelCard, RequestSpec
 from xllm.wire.messages import (
@@ -23,6 +24,7 @@ from xllm.wire.messages import (
     Attach,
     Committed,
     Drain,
+    EngineMessage,
     Frame,
     Frames,
     FrontMessage,
@@ -95,6 +97,8 @@ class SampleEngine:
         self.stream, self._end = memory_pair()
         self.received: list[FrontMessage] = []
         self.num_steps = 0
+        self.refusal: ErrorInfo | None = None
+        self.draining = False
         self._assets = {card.assets[name]: data for name, data in assets.items()}
         self._script = script
         self._auto = auto
@@ -132,6 +136,10 @@ class SampleEngine:
         """Send frames as they are, true or not."""
         self._end.send(Frames(frames=frames, snapshot=self.snapshot()))
 
+    def tell(self, message: EngineMessage) -> None:
+        """Send anything: pulses, page deltas, stats."""
+        self._end.send(message)
+
     def send_garbage(self) -> None:
         self._end.send_garbage()
 
@@ -144,7 +152,12 @@ class SampleEngine:
         await self._task
 
     def snapshot(self) -> EngineSnapshot:
-        return EngineSnapshot(step=self.num_steps, num_running=len(self._requests))
+        return EngineSnapshot(
+            step=self.num_steps,
+            num_running=len(self._requests),
+            num_requests=len(self._requests),
+            draining=self.draining,
+        )
 
     # -- inside -----------------------------------------------------------------------------------
 
@@ -169,6 +182,16 @@ class SampleEngine:
                 self._end.send(Ready(card=self.card, pid=0))
             case AssetRequest(digest=digest):
                 self._end.send(Asset(digest=digest, data=self._assets.get(digest)))
+            case Submit(spec=spec) if self.refusal is not None:
+                self.say(
+                    Frame(
+                        request_id=spec.request_id,
+                        attempt=spec.attempt,
+                        finish_reason=FinishReason.ERROR,
+                        error=self.refusal,
+                        last=True,
+                    )
+                )
             case Submit(spec=spec):
                 choices = [self._choice(spec, c) for c in range(spec.params.n)]
                 self._requests[spec.request_id] = _Request(spec, choices)

@@ -5,6 +5,9 @@ For tests of what connects to instances. `stop` at the end; the port is one the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from xllm.clock import SystemClock
 from xllm.config import ClusterConfig, EngineConfig
 from xllm.engine.build import BuiltEngine
 from xllm.engine.link import LinkLimits
@@ -20,11 +23,14 @@ def null_instance(
     identity: Identity | None = None,
     limits: LinkLimits | None = None,
     grace_s: float = 30.0,
+    assets: Mapping[str, bytes] | None = None,
 ) -> InstanceServer:
-    """An instance over `engine`, started."""
+    """An instance over `engine`, started. `assets` maps digest → bytes."""
     engine = engine or null_engine()
+    # Deadlines are real here, and pulses are told by the same clock that made them.
+    engine.core.clock = SystemClock()
     built = BuiltEngine(
-        core=engine.core, runner=engine.runner, memory=engine.memory, assets={}, report=("null",)
+        core=engine.core, runner=engine.runner, memory=engine.memory, assets=assets or {}, report=("null",)
     )
     server = InstanceServer(
         built,

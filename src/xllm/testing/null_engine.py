@@ -11,10 +11,11 @@ from xllm.config import SchedulerConfig
 from xllm.engine.core import EngineCore
 from xllm.engine.executor import InProcExecutor
 from xllm.engine.memory.manager import PageManager
-from xllm.engine.platform.null_runner import NullRunner
+from xllm.engine.platform.null_runner import NullRunner, token_pages
 from xllm.engine.sampling import Sampler
 from xllm.engine.scheduler.order import create_order
 from xllm.engine.scheduler.scheduler import Scheduler
+from xllm.engine.surviving import Adopted, SharedPages, adopt
 from xllm.testing.clock import FakeClock
 from xllm.types import KVGroup, KVLayout, ModelCard, RequestSpec, SamplingParams, TokenSegment
 from xllm.wire.messages import Frame
@@ -54,6 +55,7 @@ class NullEngine:
     memory: PageManager
     runner: NullRunner
     clock: FakeClock
+    adopted: Adopted | None = None
 
     def run(self, max_steps: int = 10_000) -> list[Frame]:
         """Step until no request is left; every frame, with all output committed at once."""
@@ -80,8 +82,9 @@ def null_engine(
     config: SchedulerConfig | None = None,
     enable_prefix_caching: bool = True,
     max_model_len: int = 2048,
+    shared: SharedPages | None = None,
 ) -> NullEngine:
-    """A fresh engine; `num_pages` per group."""
+    """A fresh engine; `num_pages` per group. With `shared` its pages outlive it, and `keeper` is set."""
     config = config or SchedulerConfig()
     clock = FakeClock()
     memory = PageManager(groups, [num_pages] * len(groups), enable_prefix_caching)
@@ -94,10 +97,15 @@ def null_engine(
         eos_token_ids=(EOS,),
     )
     layout = KVLayout(groups=groups, dtype="float32")
-    runner = NullRunner(layout, [num_pages] * len(groups), VOCAB_SIZE, Sampler())
+    per_group = [num_pages] * len(groups)
+    kv = None if shared is None else token_pages(shared, per_group)
+    runner = NullRunner(layout, per_group, VOCAB_SIZE, Sampler(), kv=kv)
     card = null_card(num_pages, max_model_len)
     core = EngineCore(card, scheduler, memory, InProcExecutor(runner), clock)
-    return NullEngine(core=core, memory=memory, runner=runner, clock=clock)
+    engine = NullEngine(core=core, memory=memory, runner=runner, clock=clock)
+    if shared is not None:
+        core.keeper, engine.adopted = adopt(shared, memory, card.numerics_class, layout.digest())
+    return engine
 
 
 def spec(request_id: str, prompt: tuple[int, ...], **fields: object) -> RequestSpec:

@@ -1,4 +1,4 @@
-"""`xllm serve` as a user runs it, in a process of its own, for tests and benchmarks."""
+"""`xllm serve`, `service` and `instance` as a user runs them, each in a process of its own, for tests."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import httpx
 
@@ -16,14 +17,21 @@ READY = "ready: "
 
 
 class ServerProcess:
-    """A running server. `lines` is everything it printed to stderr so far."""
+    """A running server. `lines` is everything it printed to stderr so far.
 
-    def __init__(self, args: Sequence[str], env: Mapping[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "xllm.cli.main", "serve", *args, "--port", "0"]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+    `base_url` is what it called ready: of an instance, the address that fronts connect to.
+    """
+
+    def __init__(
+        self, args: Sequence[str], env: Mapping[str, str] | None = None, *, command: str = "serve"
+    ) -> None:
+        port = () if command == "instance" else ("--port", "0")
+        words = [sys.executable, "-m", "xllm.cli.main", command, *args, *port]
+        self.process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=env)
         self.lines: list[str] = []
         self.base_url = ""
         self._urls: queue.Queue[str | None] = queue.Queue()
+        self._news = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -33,6 +41,27 @@ class ServerProcess:
         if url is None:
             raise RuntimeError("the server ended while starting:\n" + "\n".join(self.lines))
         self.base_url = url
+
+    def wait_line(self, text: str, *, since: int = 0, timeout_s: float = 60.0) -> str:
+        """The first line from number `since` on that holds `text`, as soon as it is there."""
+
+        def found() -> str | None:
+            return next((line for line in self.lines[since:] if text in line), None)
+
+        with self._news:
+            if not self._news.wait_for(found, timeout_s):
+                raise RuntimeError(f"no line with {text!r} came:\n" + "\n".join(self.lines[since:]))
+        return found() or ""
+
+    def engine_pids(self) -> list[int]:
+        """Processes of the engines that run now, the longest running first."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        pids: list[int] = []
+        for pid in children:
+            with contextlib.suppress(OSError):  # it has ended since
+                if b"--fd" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    pids.append(int(pid))
+        return pids
 
     @property
     def port(self) -> int:
@@ -55,6 +84,11 @@ class ServerProcess:
             raise KeyError(name)
         return sum(found)
 
+    def count(self, name: str) -> float:
+        """As `metric`, for counters that appear with their first event: 0 until then."""
+        found = self.metrics()
+        return sum(v for k, v in found.items() if k == name or k.startswith(name + "{"))
+
     def stop(self, timeout_s: float = 60.0) -> int:
         """SIGTERM and wait; SIGKILL after `timeout_s`. The exit code."""
         if self.process.poll() is None:
@@ -74,7 +108,9 @@ class ServerProcess:
         if stream is None:
             return
         for line in stream:
-            self.lines.append(line.rstrip())
+            with self._news:
+                self.lines.append(line.rstrip())
+                self._news.notify_all()
             if line.startswith(READY):
                 self._urls.put(line[len(READY) :].strip())
         self._urls.put(None)

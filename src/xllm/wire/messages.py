@@ -73,6 +73,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     report: tuple[str, ...] = ()
     max_reqs: int | None = None
     phases: tuple[str, ...] = ("prefill", "decode")
+    incarnation: str = ""
 
 
 class StartFailed(msgspec.Struct, frozen=True, kw_only=True, tag="start_failed"):

@@ -34,6 +34,7 @@ class Site:
     engine: SampleEngine
     server: HttpServer
     client: httpx.AsyncClient
+    metrics: Metrics
     openers: list[asyncio.StreamWriter] = field(default_factory=list)
 
     @property
@@ -85,7 +86,7 @@ async def make_site() -> AsyncIterator[MakeSite]:
         client = httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{server.port}", timeout=20, trust_env=False, verify=False
         )
-        made.append(Site(app, house, sample, server, client))
+        made.append(Site(app, house, sample, server, client, metrics))
         return made[-1]
 
     yield make

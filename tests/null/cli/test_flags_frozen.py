@@ -26,6 +26,15 @@ SERVING = """
 
 FLAGS = {
     "serve": {*SETTINGS, *SERVING},
+    "service": {"--config", *SERVING} - {"--instances", "--listen"},
+    "instance": {
+        *SETTINGS,
+        "--registry",
+        "--cluster-key-file",
+        "--listen",
+        "--shutdown-timeout-s",
+        "--log-level",
+    },
     "chat": {*SETTINGS, "--base-url", "--api-key", "--system", "--temperature", "--max-tokens"},
     "bench serve": set(
         """

@@ -190,3 +190,29 @@ def test_a_step_that_raises_fails_only_the_culprit() -> None:
 def test_an_unknown_order_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="fcfs, priority"):
         create_order("fastest")
+
+
+def test_choices_without_credit_never_keep_a_sibling_from_running() -> None:
+    """The front stopped two of three choices at a stop string: no more credit for them, and both seats."""
+    engine = null_engine(config=SchedulerConfig(max_num_seqs=2))
+    engine.core.submit(spec("a", (1, 2, 3), n=3, max_tokens=60, ignore_eos=True))
+    drawn = 0
+    for _ in range(200):
+        _, frames = engine.core.step()
+        for frame in frames:
+            if frame.choice == 2:
+                drawn += len(frame.tokens)
+                engine.core.scheduler.committed("a", 2, drawn)
+    assert drawn == 60
+
+
+def test_a_reader_that_stands_still_keeps_neither_seats_nor_pages_from_others() -> None:
+    engine = null_engine(num_pages=4, config=SchedulerConfig(max_num_seqs=1))
+    engine.core.submit(spec("slow", PROMPT[:130], max_tokens=60, ignore_eos=True))
+    for _ in range(CREDIT_WINDOW + 5):
+        engine.core.step()
+    engine.core.submit(spec("other", PROMPT[:150], max_tokens=2, cache_salt="x", ignore_eos=True))
+    frames = [frame for _ in range(20) for frame in engine.core.step()[1]]
+    assert {f.request_id for f in frames if f.last} == {"other"}
+    engine.core.scheduler.committed("slow", 0, 1000)
+    engine.run()

@@ -10,10 +10,10 @@ import httpx
 import pytest
 
 from tests.null.cli.test_serve_process import CONFIG
-from tests.null.observability.otlp_receiver import OtlpReceiver, Received
 from xllm.artifacts.write import write_hf_dir
 from xllm.observability.otlp import MAX_WAITING_SPANS, OtlpTracer, make_tracer
 from xllm.observability.tracing import Span, SpanContext
+from xllm.testing.otlp_receiver import OtlpReceiver, Received
 from xllm.testing.server_process import serve
 from xllm.testing.tiny_tokenizer import tiny_assets
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import pytest
 
 from xllm.config import FrontConfig
@@ -41,12 +42,29 @@ class House:
     front: Front
     engines: list[SampleEngine] = field(default_factory=list)
 
-    async def engine(self, *, model: str = "sample", max_reqs: int | None = None, **how: Any) -> SampleEngine:
-        engine = SampleEngine(sample_card(ASSETS, model_id=model), ASSETS, **how)
-        name = f"engine-{len(self.engines)}"
+    async def engine(
+        self,
+        *,
+        model: str = "sample",
+        max_reqs: int | None = None,
+        name: str | None = None,
+        numerics: str = "sample",
+        join: dict[str, Any] | None = None,
+        **how: Any,
+    ) -> SampleEngine:
+        """`join` goes to `add_instance`, `how` to the engine."""
+        card = msgspec.structs.replace(sample_card(ASSETS, model_id=model), numerics_class=numerics)
+        engine = SampleEngine(card, ASSETS, **how)
+        name = name or f"engine-{len(self.engines)}"
         self.engines.append(engine)
-        await self.front.add_instance(engine.stream, engine.card, name=name, max_reqs=max_reqs)
+        await self.front.add_instance(engine.stream, card, name=name, max_reqs=max_reqs, **(join or {}))
         return engine
+
+    def pass_time(self, seconds: float) -> None:
+        """As if the front had ticked all the while."""
+        for _ in range(round(seconds / 0.2)):
+            self.clock.advance(0.2)
+            self.front.check_times()
 
     async def submit(
         self, prompt: str = "hello", *, model: str = "sample", deadline_ms: float | None = None, **params: Any
@@ -60,13 +78,17 @@ class House:
         return await self.front.submit(draft)
 
     def reconfigure(self, **config: Any) -> None:
-        self.front = Front(FrontConfig(**config), None, self.clock)
+        self.front = Front(FrontConfig(**{**BY_TURNS, **config}), None, self.clock)
+
+
+BY_TURNS = {"router_policy": "round-robin"}
+"""Tests of the front name the engine that they expect; how loads and caches place has tests of its own."""
 
 
 @pytest.fixture
 async def house() -> AsyncIterator[House]:
     clock = FakeClock()
-    made = House(clock=clock, front=Front(FrontConfig(), None, clock))
+    made = House(clock=clock, front=Front(FrontConfig(**BY_TURNS), None, clock))
     yield made
     await made.front.close()
     for engine in made.engines:

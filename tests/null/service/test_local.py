@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from xllm.config import EngineConfig, FrontConfig, ModelConfig
 from xllm.errors import AbortedError, ConfigError, RequestError, UnavailableError
 from xllm.outputs import RequestOutput
 from xllm.service.draft import RequestDraft
-from xllm.service.instances import local
+from xllm.service.instances import local, restart
 from xllm.service.instances.local import LocalEngine
 from xllm.service.local import LocalService
 from xllm.testing.engine_process import DIED
@@ -39,13 +40,16 @@ async def start(*models: str, **front: float) -> LocalService:
 async def test_an_engine_process_serves_and_ends_in_order() -> None:
     stages: list[str] = []
     service = await LocalService.start(
-        [config("tiny")], FrontConfig(), SystemClock(), on_progress=lambda stage, _: stages.append(stage)
+        [config("tiny")],
+        FrontConfig(),
+        SystemClock(),
+        on_progress=lambda name, stage, _: stages.append(f"{name}: {stage}"),
     )
     draft = RequestDraft(model="tiny", prompt_token_ids=(70, 71), params=SamplingParams(max_tokens=40))
     stream = await service.front.submit(draft)
     tokens = tuple([t async for delta in stream for t in delta.token_ids])
     assert tokens == (70, 71) * 20
-    assert stages == ["nothing to load"]
+    assert stages == ["engine-0: nothing to load"]
     assert await service.close()
     assert service.engines[0].exit_code == 0
 
@@ -70,21 +74,75 @@ async def test_an_engine_that_never_answers_is_given_up() -> None:
     assert late.value.code == "start_timeout"
 
 
-async def test_killing_the_process_ends_its_requests_and_readiness(caplog: pytest.LogCaptureFixture) -> None:
-    service = await start("tiny", recovery_grace_s=0.0)
+async def test_a_killed_engine_is_started_again_under_its_name(caplog: pytest.LogCaptureFixture) -> None:
+    up: asyncio.Queue[str] = asyncio.Queue()
+    service = await LocalService.start(
+        [config("tiny")], FrontConfig(), SystemClock(), on_up=lambda name, engine: up.put_nowait(name)
+    )
+    (killed,) = service.engines
+    assert await up.get() == "engine-0"
     params = SamplingParams(max_tokens=1000)
-    draft = RequestDraft(model="tiny", prompt_token_ids=(70,), params=params)
+    draft = RequestDraft(model="tiny", prompt_token_ids=(70, 71), params=params)
     stream = await service.front.submit(draft)
     deltas = aiter(stream)
-    await anext(deltas)
-    os.kill(service.engines[0].pid, signal.SIGKILL)
-    with pytest.raises(UnavailableError):
-        async for _ in deltas:
-            pass
-    assert service.front.ready() == (False, "engine_lost")
-    await service.close()
-    assert service.engines[0].exit_code == -signal.SIGKILL
+    tokens = list((await anext(deltas)).token_ids)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert await up.get() == "engine-0"
+    assert killed.exit_code == -signal.SIGKILL
     assert f"code {-signal.SIGKILL}" in caplog.text
+    assert service.engines[0].pid != killed.pid
+    async for delta in deltas:
+        tokens += delta.token_ids
+    assert tokens == [70, 71] * 500
+    (told,) = service.front.snapshot().instances
+    assert (told.name, told.about.pid, told.about.num_restarts) == ("engine-0", service.engines[0].pid, 1)
+    await service.close()
+
+
+async def test_a_process_that_dies_at_every_start_is_never_added_until_it_starts(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(restart, "DELAYS_S", (0.0, 0.01))
+    up: asyncio.Queue[str] = asyncio.Queue()
+    front_config = FrontConfig(recovery_grace_s=60.0)
+    service = await LocalService.start(
+        [config("tiny")], front_config, SystemClock(), on_up=lambda name, engine: up.put_nowait(name)
+    )
+    assert await up.get() == "engine-0"
+    (slot,) = service.supervisor.slots
+    slot.config = config("die")
+    os.kill(service.engines[0].pid, signal.SIGKILL)
+    while slot.restarts.num_deaths < 4:
+        await asyncio.sleep(0.005)
+    assert [i.state for i in service.front.snapshot().instances] == ["lost"]
+    assert f"code {DIED}" in caplog.text
+    assert up.empty()
+    with pytest.raises(UnavailableError):
+        await service.front.submit(
+            RequestDraft(model="tiny", prompt_token_ids=(70,), params=SamplingParams(max_tokens=2))
+        )
+    slot.config = config("tiny")
+    assert await up.get() == "engine-0"
+    assert service.front.ready() == (True, "ready")
+    await service.close()
+
+
+async def test_a_cause_of_death_is_told_from_the_exit_status_and_a_stopped_process_from_its_state() -> None:
+    engines = [await LocalEngine.launch(config("tiny")) for _ in range(3)]
+    stopped, killed, crashed = engines
+    os.kill(stopped.pid, signal.SIGSTOP)
+    while not stopped.stopped():
+        await asyncio.sleep(0.001)
+    os.kill(killed.pid, signal.SIGKILL)
+    os.kill(crashed.pid, signal.SIGSEGV)
+    assert [await engine.cause() for engine in engines] == ["stopped", "killed", "crash"]
+    os.kill(stopped.pid, signal.SIGCONT)
+    while stopped.stopped():
+        await asyncio.sleep(0.001)
+    stopped.kill()
+    assert await stopped.cause() == "hang"
+    for engine in engines:
+        await engine.terminate()
 
 
 @pytest.fixture
@@ -147,7 +205,7 @@ def test_llm_is_unusable_after_shutdown_and_names_unknown_arguments() -> None:
 
 def test_a_program_that_forgets_shutdown_ends_cleanly_with_its_engine() -> None:
     script = """
-from xllm.service.instances import local
+from xllm.service.instances import local, restart
 local.PROGRAM = ("-m", "xllm.testing.engine_process")
 from xllm import LLM, SamplingParams
 llm = LLM("tiny")

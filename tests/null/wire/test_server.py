@@ -7,53 +7,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from tests.null.wire.peers import join
 from xllm.engine.server import InstanceServer
-from xllm.service.instances.handshake import attach
 from xllm.testing.instance_thread import null_instance
 from xllm.testing.null_engine import NullEngine, null_engine, spec
 from xllm.types import FinishReason
-from xllm.wire.hello import FRONT, Identity
-from xllm.wire.messages import Abort, Committed, Drain, EngineMessage, Frame, Frames, Ready, Stats, Submit
-from xllm.wire.stream import SocketEngineStream, connect_tcp
-
-
-class FrontEnd:
-    """A front of a test: commits whatever it gets, unless told to be slow."""
-
-    def __init__(self, stream: SocketEngineStream, ready: Ready) -> None:
-        self.stream, self.ready = stream, ready
-        self.frames: list[Frame] = []
-        self.draining = False
-
-    async def until_last(self, *request_ids: str, commit: bool = True) -> None:
-        """Read until each of the requests has ended."""
-        missing = set(request_ids)
-        while missing:
-            missing -= {f.request_id for f in await self.next_frames(commit) if f.last}
-
-    async def next_frames(self, commit: bool = True) -> tuple[Frame, ...]:
-        while True:
-            message = await self.next()
-            if isinstance(message, Frames):
-                self.frames += message.frames
-                counts = tuple((f.request_id, f.choice, f.offset + len(f.tokens)) for f in message.frames)
-                if commit:
-                    await self.stream.send(Committed(counts=counts))
-                return message.frames
-
-    async def next(self) -> EngineMessage:
-        message = await self.stream.receive()
-        assert message is not None, "the engine closed the connection"
-        if isinstance(message, Frames | Stats):
-            self.draining = message.snapshot.draining
-        return message
-
-    def tokens(self, request_id: str) -> tuple[int, ...]:
-        return tuple(t for f in self.frames if f.request_id == request_id for t in f.tokens)
-
-    def last(self, request_id: str) -> Frame:
-        (frame,) = [f for f in self.frames if f.request_id == request_id and f.last]
-        return frame
+from xllm.wire.messages import Abort, Drain, Frames, Stats
 
 
 @pytest.fixture
@@ -65,20 +24,14 @@ async def served() -> AsyncIterator[tuple[InstanceServer, NullEngine]]:
     assert await asyncio.to_thread(server.wait, 20.0) == 0
 
 
-async def join(server: InstanceServer) -> FrontEnd:
-    stream, hello = await connect_tcp(*server.address, Identity(role=FRONT))
-    assert hello.incarnation == server.identity.incarnation
-    return FrontEnd(stream, await attach(stream))
-
-
 async def test_two_fronts_use_the_same_id_and_get_what_is_theirs(
     served: tuple[InstanceServer, NullEngine],
 ) -> None:
     server, _ = served
     one, two = await join(server), await join(server)
     assert one.ready.card == server.ready.card
-    await one.stream.send(Submit(spec=spec("same", tuple(range(10, 90)), max_tokens=40, ignore_eos=True)))
-    await two.stream.send(Submit(spec=spec("same", tuple(range(50, 150)), max_tokens=30, ignore_eos=True)))
+    await one.submit(spec("same", tuple(range(10, 90)), max_tokens=40, ignore_eos=True))
+    await two.submit(spec("same", tuple(range(50, 150)), max_tokens=30, ignore_eos=True))
     await asyncio.gather(one.until_last("same"), two.until_last("same"))
     alone = null_engine()
     alone.core.submit(spec("a", tuple(range(10, 90)), max_tokens=40, ignore_eos=True))
@@ -93,10 +46,10 @@ async def test_two_fronts_use_the_same_id_and_get_what_is_theirs(
 async def test_one_front_cannot_end_the_others_request(served: tuple[InstanceServer, NullEngine]) -> None:
     server, _ = served
     one, two = await join(server), await join(server)
-    await one.stream.send(Submit(spec=spec("r", (5, 6, 7), max_tokens=100, ignore_eos=True)))
+    await one.submit(spec("r", (5, 6, 7), max_tokens=100, ignore_eos=True))
     await one.next_frames()
     await two.stream.send(Abort(request_id="r"))
-    await two.stream.send(Submit(spec=spec("later", (5,), max_tokens=2, ignore_eos=True)))
+    await two.submit(spec("later", (5,), max_tokens=2, ignore_eos=True))
     await two.until_last("later")  # so the abort was handled
     await one.until_last("r")
     assert one.last("r").finish_reason is FinishReason.LENGTH
@@ -110,9 +63,9 @@ async def test_a_front_that_leaves_takes_its_requests_along_and_nothing_else(
     server, engine = served
     one, two = await join(server), await join(server)
     # Nothing is committed, so that it still runs and owns pages when its front leaves.
-    await one.stream.send(Submit(spec=spec("dies", tuple(range(3, 200)), max_tokens=500, ignore_eos=True)))
+    await one.submit(spec("dies", tuple(range(3, 200)), max_tokens=500, ignore_eos=True))
     await one.next_frames(commit=False)
-    await two.stream.send(Submit(spec=spec("lives", (9, 8, 7), max_tokens=300, ignore_eos=True)))
+    await two.submit(spec("lives", (9, 8, 7), max_tokens=300, ignore_eos=True))
     await two.next_frames()
     assert server.snapshot.num_requests == 2
     await one.stream.close()
@@ -130,37 +83,37 @@ async def test_a_front_that_leaves_takes_its_requests_along_and_nothing_else(
 async def test_draining_is_told_to_all_at_once_refuses_new_requests_and_finishes_old_ones() -> None:
     server = null_instance()
     one, two = await join(server), await join(server)
-    await one.stream.send(Submit(spec=spec("old", (5, 6), max_tokens=60, ignore_eos=True)))
+    await one.submit(spec("old", (5, 6), max_tokens=60, ignore_eos=True))
     await one.next_frames()
     server.drain()
     while not two.draining:
         await two.next()
-    await two.stream.send(Submit(spec=spec("new", (5, 6), max_tokens=60)))
+    await two.submit(spec("new", (5, 6), max_tokens=60))
     await two.until_last("new")
     error = two.last("new").error
     assert error is not None
     assert error.code == "draining"
     await one.until_last("old")
     assert one.last("old").finish_reason is FinishReason.LENGTH
-    assert await asyncio.to_thread(server.wait, 20.0) == 0
     for end in (one, two):
         while await end.stream.receive() is not None:
             pass
         await end.stream.close()
+    assert await asyncio.to_thread(server.wait, 20.0) == 0
 
 
 async def test_draining_ends_after_its_grace_and_says_nothing_of_what_still_runs() -> None:
     """No terminal event: the fronts see a lost instance and go on elsewhere."""
     server = null_instance(grace_s=0.0)
     one = await join(server)
-    await one.stream.send(Submit(spec=spec("stuck", (5, 6), max_tokens=500, ignore_eos=True)))
+    await one.submit(spec("stuck", (5, 6), max_tokens=500, ignore_eos=True))
     await one.next_frames(commit=False)
     server.drain()
-    assert await asyncio.to_thread(server.wait, 20.0) == 0
     while (message := await one.stream.receive()) is not None:
         if isinstance(message, Frames):
             assert not any(f.last for f in message.frames)
     await one.stream.close()
+    assert await asyncio.to_thread(server.wait, 20.0) == 0
 
 
 async def test_a_front_that_drains_gets_its_rest_and_the_engine_serves_the_others_on(
@@ -168,17 +121,17 @@ async def test_a_front_that_drains_gets_its_rest_and_the_engine_serves_the_other
 ) -> None:
     server, _ = served
     one, two = await join(server), await join(server)
-    await one.stream.send(Submit(spec=spec("old", (5, 6), max_tokens=60, ignore_eos=True)))
+    await one.submit(spec("old", (5, 6), max_tokens=60, ignore_eos=True))
     await one.next_frames()
     await one.stream.send(Drain())
-    await one.stream.send(Submit(spec=spec("new", (5, 6), max_tokens=60)))
+    await one.submit(spec("new", (5, 6), max_tokens=60))
     await one.until_last("old", "new")
     error = one.last("new").error
     assert error is not None
     assert error.code == "draining"
     while await one.stream.receive() is not None:
         pass
-    await two.stream.send(Submit(spec=spec("r", (5, 6), max_tokens=6, ignore_eos=True)))
+    await two.submit(spec("r", (5, 6), max_tokens=6, ignore_eos=True))
     await two.until_last("r")
     assert not two.draining
     for end in (one, two):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from xllm.engine.memory.news import PageNews
-from xllm.engine.memory.pool import PagePool, PoolCounts, PrefixKey
+from xllm.engine.memory.pool import NameListener, PagePool, PoolCounts, PrefixKey
 from xllm.engine.plan import PageCopy
 from xllm.errors import InternalError
 from xllm.prefix import page_digest
@@ -61,8 +61,21 @@ class PageManager:
         self._deciding = self._windows.index(None) if None in self._windows else 0
         self.news = PageNews() if enable_prefix_caching else None
         self._pools = [
-            PagePool(n, self.news if g == self._deciding else None) for g, n in enumerate(num_pages)
+            PagePool(n, self.news if g == self._deciding else None, g) for g, n in enumerate(num_pages)
         ]
+
+    @property
+    def caching(self) -> bool:
+        return self._caching
+
+    def listen(self, listener: NameListener) -> None:
+        """Tell of names from now on; those there are already are known."""
+        for pool in self._pools:
+            pool.listener = listener
+
+    def adopt(self, group: int, pages: Sequence[tuple[int, PrefixKey]]) -> int:
+        """As `PagePool.adopt`. Only with prefix caching."""
+        return self._pools[group].adopt(pages)
 
     def new_table(self, root: bytes) -> PageTable:
         return PageTable(root=root, pages=[[] for _ in self._pools])

@@ -7,7 +7,9 @@ again by a prefix hit, or free by eviction. Policy only: what a page *is* belong
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from xllm.engine.memory.news import PageNews
 from xllm.errors import InternalError
@@ -33,14 +35,27 @@ class PoolCounts:
     in_transfer: int = 0
 
 
+class NameListener(Protocol):
+    """Hears of every name: a page that has one is complete, and nobody writes it until it is gone again."""
+
+    def named(self, group: int, page: int, key: PrefixKey) -> None: ...
+
+    def unnamed(self, group: int, page: int) -> None: ...
+
+    def all_unnamed(self, group: int) -> None: ...
+
+
 class PagePool:
     """Single owner of page states in one group. Not thread-safe: the step thread owns it.
 
-    `news`, where somebody wants to know, hears of every name that appears or vanishes.
+    `news`, where somebody wants to know, hears of every name that appears or vanishes; so does `listener`,
+    which is told the page as well.
     """
 
-    def __init__(self, num_pages: int, news: PageNews | None = None) -> None:
+    def __init__(self, num_pages: int, news: PageNews | None = None, group: int = 0) -> None:
         self._news = news
+        self._group = group
+        self.listener: NameListener | None = None
         self._free = deque(range(num_pages))
         self._refs = [0] * num_pages
         # Kept beside the reference counts so that a snapshot costs nothing; `check` compares them.
@@ -103,6 +118,28 @@ class PagePool:
             self._keys[page] = key
             if self._news is not None:
                 self._news.stored(key.digest)
+            if self.listener is not None:
+                self.listener.named(self._group, page, key)
+
+    def adopt(self, pages: Sequence[tuple[int, PrefixKey]]) -> int:
+        """Free pages hold these names from before: they become reusable, the first to be evicted first.
+
+        The number taken; a name that is known already is left out.
+        """
+        free = set(self._free)
+        taken: set[int] = set()
+        for page, key in pages:
+            if page not in free or page in taken:
+                raise InternalError("a page was adopted that is not free")
+            if key.digest not in self._by_digest:
+                taken.add(page)
+                self._by_digest[key.digest] = page
+                self._keys[page] = key
+                self._reusable[page] = None
+        self._free = deque(page for page in self._free if page not in taken)
+        if taken and self._news is not None:
+            self._news.start_over()
+        return len(taken)
 
     def find(self, key: PrefixKey) -> int | None:
         """The page that holds exactly `key`, else None; takes no ownership."""
@@ -116,6 +153,8 @@ class PagePool:
         self._reusable.clear()
         self._by_digest.clear()
         self._keys = [None] * len(self._refs)
+        if self.listener is not None:
+            self.listener.all_unnamed(self._group)
         if self._news is not None:
             self._news.start_over()
         return num_freed
@@ -147,5 +186,7 @@ class PagePool:
         if key is not None:
             del self._by_digest[key.digest]
             self._keys[page] = None
+            if self.listener is not None:
+                self.listener.unnamed(self._group, page)
             if self._news is not None:
                 self._news.removed(key.digest)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from xllm.config.schema import EngineConfig
 from xllm.engine.kernels.programs import ProgramCounters
 from xllm.engine.plan import StepPlan, StepResult
 from xllm.engine.sampling import Sampler
+from xllm.engine.surviving import SharedPages
 from xllm.types import KVLayout
 
 
@@ -81,6 +82,8 @@ class BuiltRunner:
 
 
 class Platform(Protocol):
+    """`KeepsPages` is what a platform may offer beyond this."""
+
     @property
     def name(self) -> str: ...
 
@@ -96,3 +99,11 @@ class Platform(Protocol):
         sampler: Sampler,
     ) -> BuiltRunner:
         """Load the weights and reserve the KV pages. Raises ConfigError with field, value and remedy."""
+
+
+@runtime_checkable
+class KeepsPages(Protocol):
+    """A platform whose KV pages can lie in memory that outlives the process."""
+
+    def over(self, shared: SharedPages) -> Platform:
+        """The same platform; its runner takes `shared.next_group` for each KV group, in order."""

@@ -10,7 +10,7 @@ from xllm.engine.kernels.reference.torch_ops import TorchOps
 from xllm.engine.model.registry import find_model
 from xllm.engine.model.weights import weight_bytes
 from xllm.engine.platform.base import BuiltRunner, Platform, TensorSource
-from xllm.engine.platform.host import available_bytes, isa, num_cores
+from xllm.engine.platform.host import available_bytes, choose_num_threads, isa
 from xllm.engine.platform.loading import load_runner, no_quantize, resolve_dtype
 from xllm.engine.sampling import Sampler
 
@@ -32,7 +32,7 @@ class CpuPlatform:
         max_model_len: int,
         sampler: Sampler,
     ) -> BuiltRunner:
-        threads, why_threads = _threads(config)
+        threads, why_threads = choose_num_threads(config.platform)
         torch.set_num_threads(threads)
         dtype, why_dtype = _dtype(config, arch)
         return load_runner(
@@ -47,13 +47,6 @@ class CpuPlatform:
             numerics=("cpu", ATTENTION_VERSION, f"torch-{torch.__version__}", dtype, isa(), "tp1"),
             report=(why_threads, why_dtype),
         )
-
-
-def _threads(config: EngineConfig) -> tuple[int, str]:
-    asked = config.platform.num_threads
-    if asked is not None:
-        return asked, f"num_threads={asked}: as asked"
-    return num_cores(), f"num_threads={num_cores()}: cores this process may use"
 
 
 def _dtype(config: EngineConfig, arch: ArchConfig) -> tuple[str, str]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from xllm.config.schema import PlatformConfig
 from xllm.errors import ConfigError
 
 _MEMINFO = Path("/proc/meminfo")
@@ -30,6 +31,17 @@ def num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def choose_num_threads(config: PlatformConfig) -> tuple[int, str]:
+    """(compute threads, report line)."""
+    if config.num_threads:
+        return config.num_threads, f"num_threads={config.num_threads}: as asked"
+    cores, sharers = num_cores(), max(1, config.num_local_instances)
+    threads = max(1, cores // sharers)
+    if sharers == 1:
+        return threads, f"num_threads={threads}: cores this process may use"
+    return threads, f"num_threads={threads}: {cores} cores for {sharers} engines"
 
 
 def bind_to_cpus(text: str | None) -> str | None:

@@ -14,9 +14,10 @@ from xllm.engine.model.registry import find_model
 from xllm.engine.model.weights import Kept, load_weights, weight_bytes
 from xllm.engine.platform.base import BuiltRunner, TensorSource
 from xllm.engine.platform.host import trim_heap
-from xllm.engine.runner.kv_size import DTYPE_BYTES, choose_num_pages
+from xllm.engine.runner.kv_size import DTYPE_BYTES, choose_num_pages, page_bytes_of
 from xllm.engine.runner.runner import ModelRunner
 from xllm.engine.sampling import Sampler
+from xllm.engine.surviving import SharedPages
 from xllm.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -40,10 +41,12 @@ def load_runner(
     kv_dtype: str | None = None,
     make_programs: MakePrograms | None = None,
     kept: Kept | None = None,
+    shared: SharedPages | None = None,
 ) -> BuiltRunner:
     """`free_bytes` is asked before and after loading. `numerics` and `report` are the platform's own,
     `kv_order` is how its backend keeps a page, `kv_dtype` in what if not in `dtype`, `make_programs` how
-    it records, if it does, `kept` where it keeps packed weights between starts."""
+    it records, if it does, `kept` where it keeps packed weights between starts, `shared` where `ops` keeps
+    pages if they outlive the process."""
     model = find_model(arch.name)
     needed, free = weight_bytes(model.parameters(arch), DTYPE_BYTES[dtype]), free_bytes()
     if needed > free:
@@ -60,7 +63,13 @@ def load_runner(
     # Loading and probing leave up to half a gigabyte of freed arrays behind in the C library.
     trim_heap()
     layout = kv_layout(arch, kv_dtype or dtype, kv_order)
-    num_pages, why_pages = choose_num_pages(layout, config, max_model_len, free_bytes())
+    free, before = free_bytes(), None
+    if shared is not None:
+        # What an earlier engine has filled is ours to fill again.
+        free += shared.resident_bytes
+        page_bytes = tuple(page_bytes_of(g, layout.dtype) for g in layout.groups)
+        before = shared.num_pages(layout.digest(), page_bytes)
+    num_pages, why_pages = choose_num_pages(layout, config, max_model_len, free, before)
     runner = ModelRunner(model, arch, weights, ops, layout, num_pages, sampler, numerics)
     why_programs = _programs(runner, config, make_programs)
     exact = "measured: rows do not depend on their company"

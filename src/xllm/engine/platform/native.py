@@ -11,6 +11,7 @@ import msgspec
 from xllm.arch import ArchConfig
 from xllm.config.env import cache_dir
 from xllm.config.schema import EngineConfig
+from xllm.engine.kernels.native.handles import private_pages
 from xllm.engine.kernels.native.library import find, open_library
 from xllm.engine.kernels.native.ops import HEAD_MULTIPLE, KV_ORDER, KVDtype, NativeOps
 from xllm.engine.kernels.native.packing import WeightClass
@@ -18,9 +19,10 @@ from xllm.engine.kernels.native.weights_cache import WeightsCache
 from xllm.engine.model.registry import find_model
 from xllm.engine.model.weights import weight_bytes
 from xllm.engine.platform.base import BuiltRunner, Platform, TensorSource
-from xllm.engine.platform.host import available_bytes, num_cores
+from xllm.engine.platform.host import available_bytes, choose_num_threads
 from xllm.engine.platform.loading import load_runner, resolve_dtype
 from xllm.engine.sampling import Sampler
+from xllm.engine.surviving import SharedPages
 from xllm.errors import ConfigError
 from xllm.version import __version__
 
@@ -56,6 +58,13 @@ _WHY_NOT_CODES = (
 class NativePlatform:
     name = "native"
 
+    def __init__(self, shared: SharedPages | None = None) -> None:
+        self._shared = shared
+
+    def over(self, shared: SharedPages) -> NativePlatform:
+        """The same platform, with its KV pages in memory that outlives the process."""
+        return NativePlatform(shared)
+
     def why_not(self, config: EngineConfig, arch: ArchConfig) -> tuple[str, ...]:
         reasons = []
         path, why = find()
@@ -78,12 +87,19 @@ class NativePlatform:
         path, isa = find()
         if path is None:
             raise ConfigError(f"platform=native: {isa}", param="platform")
-        threads = config.platform.num_threads or num_cores()
-        why_threads = "as asked" if config.platform.num_threads else "cores this process may use"
+        threads, why_threads = choose_num_threads(config.platform)
         dtype, why_dtype = resolve_dtype(config.model.dtype, _DTYPE, "what the native kernels compute in")
         quantize, why_quantize = _quantize(config, arch)
         kv_dtype: KVDtype = "int8" if config.cache.kv_cache_dtype == "int8" else "bfloat16"
-        ops = NativeOps(open_library(path), threads, *_CLASSES[quantize], quantize == "file", kv_dtype)
+        shared = self._shared
+        ops = NativeOps(
+            open_library(path),
+            threads,
+            *_CLASSES[quantize],
+            quantize == "file",
+            kv_dtype,
+            private_pages if shared is None else shared.next_group,
+        )
         kept, why_not_kept = _cache(config, arch, tensors, ops, path, quantize)
         built = load_runner(
             arch,
@@ -99,8 +115,9 @@ class NativePlatform:
             kv_dtype=kv_dtype,
             make_programs=ops.programs,
             kept=kept,
+            shared=shared,
             report=(
-                f"num_threads={threads}: {why_threads}",
+                why_threads,
                 why_dtype,
                 why_quantize,
                 f"kv_cache_dtype={kv_dtype}: {'as asked' if kv_dtype == 'int8' else 'as dtype'}",

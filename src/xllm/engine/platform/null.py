@@ -9,13 +9,21 @@ from xllm.arch import ArchConfig
 from xllm.config.schema import EngineConfig
 from xllm.engine.model.layout import kv_layout
 from xllm.engine.platform.base import BuiltRunner, Platform, TensorSource
-from xllm.engine.platform.null_runner import NullRunner
+from xllm.engine.platform.null_runner import NullRunner, token_pages
 from xllm.engine.sampling import Sampler
+from xllm.engine.surviving import SharedPages
 from xllm.types import PAGE_SIZE
 
 
 class NullPlatform:
     name = "null"
+
+    def __init__(self, shared: SharedPages | None = None) -> None:
+        self._shared = shared
+
+    def over(self, shared: SharedPages) -> NullPlatform:
+        """The same platform, with its tokens in memory that outlives the process."""
+        return NullPlatform(shared)
 
     def why_not(self, config: EngineConfig, arch: ArchConfig) -> tuple[str, ...]:
         return ()
@@ -33,8 +41,9 @@ class NullPlatform:
         most = config.scheduler.max_num_seqs * -(-max_model_len // PAGE_SIZE)
         per_group = config.cache.num_pages or most
         num_pages = (per_group,) * len(layout.groups)
+        kv = None if self._shared is None else token_pages(self._shared, num_pages)
         return BuiltRunner(
-            runner=NullRunner(layout, num_pages, arch.vocab_size, sampler),
+            runner=NullRunner(layout, num_pages, arch.vocab_size, sampler, kv=kv),
             num_pages=num_pages,
             report=(
                 f"num_pages={per_group} per KV group",

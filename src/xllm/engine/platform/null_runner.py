@@ -9,15 +9,31 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from xllm.engine.plan import SequencePlan, SequenceResult, StepPlan, StepResult
 from xllm.engine.sampling import Sampler
+from xllm.engine.surviving import SharedPages
 from xllm.errors import InternalError, XllmError
 from xllm.types import PAGE_SIZE, KVLayout, TokenLogprobs
 
+TokenPages = npt.NDArray[np.int32]
+
+NEVER_WRITTEN = -1
+"""Stale content must never be read, so it is recognisable."""
+
 Fault = Callable[[SequencePlan], None]
 """Called for each sequence before it is computed; raises to inject a failure."""
+
+
+def token_pages(shared: SharedPages, num_pages: Sequence[int]) -> list[TokenPages]:
+    """KV in memory that outlives the process: what an earlier engine left, else nothing."""
+    kv = [shared.next_group(n, PAGE_SIZE * 4).view(np.int32) for n in num_pages]
+    if shared.found is None:
+        for pages in kv:
+            pages.fill(NEVER_WRITTEN)
+    return kv
 
 
 class NullRunner:
@@ -35,11 +51,12 @@ class NullRunner:
         vocab_size: int,
         sampler: Sampler,
         fault: Fault | None = None,
+        kv: list[TokenPages] | None = None,
     ) -> None:
+        """`kv` (page, token) per group, where it is to lie elsewhere than in memory of our own."""
         self.kv_layout = layout
         self._windows = [g.window for g in layout.groups]
-        # Stale content must never be read, so it is recognisable.
-        self._kv = [np.full((n, PAGE_SIZE), -1, dtype=np.int32) for n in num_pages]
+        self._kv = kv or [np.full((n, PAGE_SIZE), NEVER_WRITTEN, dtype=np.int32) for n in num_pages]
         self._vocab_size = vocab_size
         self._sampler = sampler
         self.fault = fault

@@ -23,17 +23,18 @@ def page_bytes_of(group: KVGroup, dtype: str) -> int:
 
 
 def choose_num_pages(
-    layout: KVLayout, config: EngineConfig, max_model_len: int, free_bytes: int
+    layout: KVLayout, config: EngineConfig, max_model_len: int, free_bytes: int, before: int | None = None
 ) -> tuple[tuple[int, ...], str]:
     """Pages per KV group (the same for each) and the reason for start-up.
 
-    `free_bytes` is counted after the weights are loaded. Raises ConfigError when one sequence of
+    `free_bytes` is counted after the weights are loaded; `before` is what an earlier engine chose whose
+    pages are still there. Raises ConfigError when one sequence of
     `max_model_len` tokens would not fit, since such a request could never run.
     """
     page_bytes = sum(page_bytes_of(g, layout.dtype) for g in layout.groups)
     needed = -(-max_model_len // layout.page_size)
     useful = needed * config.scheduler.max_num_seqs
-    num_pages, why = _number(config, page_bytes, needed, useful, free_bytes)
+    num_pages, why = _number(config, page_bytes, needed, useful, free_bytes, before)
     if num_pages < needed:
         raise ConfigError(
             f"KV cache: {num_pages} pages ({why}) hold {num_pages * layout.page_size} tokens, but one "
@@ -52,7 +53,7 @@ def choose_num_pages(
 
 
 def _number(
-    config: EngineConfig, page_bytes: int, needed: int, useful: int, free_bytes: int
+    config: EngineConfig, page_bytes: int, needed: int, useful: int, free_bytes: int, before: int | None
 ) -> tuple[int, str]:
     cache = config.cache
     if cache.num_pages is not None:
@@ -60,11 +61,17 @@ def _number(
     if cache.kv_cache_memory_bytes is not None:
         asked = cache.kv_cache_memory_bytes
         return asked // page_bytes, f"kv_cache_memory_bytes={asked} as asked"
-    share = min(int(free_bytes * _SHARE), _MAX_AUTO_BYTES) // page_bytes
+    if before is not None:
+        return before, "as the engine before this one had, whose pages may be reused"
+    sharers = max(1, config.platform.num_local_instances)
+    share = min(int(free_bytes * _SHARE), _MAX_AUTO_BYTES) // (page_bytes * sharers)
+    part = f"{_SHARE:.0%} of {free_bytes // _MIB} MiB free" + (
+        "" if sharers == 1 else f", for {sharers} engines"
+    )
     if useful <= share:
         return useful, "all that max_num_seqs × max_model_len can use"
     if share >= needed:
-        return share, f"{_SHARE:.0%} of {free_bytes // _MIB} MiB free, at most {_MAX_AUTO_BYTES // _MIB} MiB"
+        return share, f"{part}, at most {_MAX_AUTO_BYTES // sharers // _MIB} MiB"
     if needed * page_bytes <= free_bytes * _MAX_SHARE:
         return needed, "enough for one sequence of max_model_len"
-    return share, f"{_SHARE:.0%} of {free_bytes // _MIB} MiB free"
+    return share, part

@@ -36,6 +36,14 @@ class Load:
             self.num_decoding += (context > 0) - (before > 0)
             seq.load_context = context
 
+    def drew(self, seq: Sequence, num_tokens: int) -> None:
+        """`count` after a draw, which every running sequence goes through in every step."""
+        if seq.load_context:
+            seq.load_context += num_tokens
+            self.decode_context += num_tokens
+        else:
+            self.count(seq)
+
     def drop(self, seq: Sequence) -> None:
         """It has ended."""
         self.backlog_tokens -= seq.load_rows

@@ -73,7 +73,10 @@ class FrameBuilder:
         return frames
 
     def _of(self, request: Request) -> list[Frame]:
-        return self._frames.setdefault(request.owner, [])
+        frames = self._frames.get(request.owner)
+        if frames is None:
+            frames = self._frames[request.owner] = []
+        return frames
 
     @staticmethod
     def _prompt_logprobs(request: Request) -> tuple[TokenLogprobs, ...]:

@@ -186,11 +186,12 @@ class Scheduler:
             if seq is None:
                 return
             request = self._owner[seq.seq_id]
-            if len(self._running) >= self._config.max_num_seqs and not self._displace(request):
+            full = len(self._running) >= self._config.max_num_seqs
+            if full and not (self._park() or self._displace(request)):
                 return
             rows = self._start(seq, request, budget)
             if rows == 0:
-                if not self._displace(request):
+                if not (self._reclaim() or self._displace(request)):
                     return
                 continue
             self._waiting.remove(seq)
@@ -224,6 +225,29 @@ class Scheduler:
         if fresh:
             self._drop_table(seq)
         return 0
+
+    def _park(self) -> bool:
+        """A running sequence that waits for its reader gives up its seat and keeps its pages.
+
+        Else slow readers, and choices that a stop string ended at the front, would keep others from
+        running; with n choices on fewer seats a request would wait for itself for ever.
+        """
+        idle = [s for s in self._running if s.out_of_credit]
+        if not idle:
+            return False
+        seq = max(idle, key=_rank)
+        self._running.remove(seq)
+        seq.state = SequenceState.WAITING
+        self._enqueue(seq)
+        return True
+
+    def _reclaim(self) -> bool:
+        """The same for pages, once they are short: who waits for a reader computes them again later."""
+        holders = [s for s in (*self._waiting, *self._running) if s.out_of_credit and s.table is not None]
+        if not holders:
+            return False
+        self._preempt(max(holders, key=_rank))
+        return True
 
     def _displace(self, newcomer: Request) -> bool:
         """Preempt the last-ranked running sequence if the order lets `newcomer` do so."""
@@ -329,8 +353,9 @@ class Scheduler:
             request.prefill_ms = (self._absorbed_s - request.admitted_s) * 1000
         members = [seq, *self._fork(seq, request, drawn)]
         for member in members:
-            self._counters.generation_tokens += len(drawn[member.choice])
-            self._load.count(member)
+            num_tokens = len(drawn[member.choice])
+            self._counters.generation_tokens += num_tokens
+            self._load.drew(member, num_tokens)
             self._check_end(member, request)
         if self._frames.output(request, members, drawn):
             self._forget(request)

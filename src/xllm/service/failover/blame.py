@@ -12,7 +12,15 @@ DeathCause = Literal["crash", "killed", "hang", "stopped", "unknown"]
 """crash: by its own doing (signal or exit code); killed: SIGKILL or SIGTERM from outside; hang: no
 progress of a running process; stopped: by SIGSTOP; unknown: end of a remote connection."""
 
-_WEIGHT: dict[DeathCause, float] = {"crash": 1.0, "hang": 1.0, "killed": 0.5, "stopped": 0.5, "unknown": 0.5}
+_WEIGHT: dict[DeathCause, float] = {
+    "crash": 1.0,
+    "hang": 1.0,
+    "killed": 0.125,
+    "stopped": 0.125,
+    "unknown": 0.5,
+}
+# Engines killed from outside twice a second hit a request four times before its first token soon enough
+# (one chance in eight at a resumption of half a second): such deaths may add up only after many.
 
 QUARANTINE_AT = 2.0
 

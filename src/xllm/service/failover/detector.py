@@ -19,7 +19,7 @@ LONGEST_LIMIT_S = 60.0
 """However long a step is said to take: a wrong prediction must not switch detection off."""
 
 UNTOLD_FACTOR = 5.0
-"""Times the floor for a step without prediction and without layers: such a step may honestly be long."""
+"""Times the floor for a step without prediction: an engine's first steps may honestly be long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,11 +118,12 @@ class Detector:
             watched.span_s = 0.0
         watched.stamp = stamp
         watched.busy = pulse.busy
-        watched.told = pulse.predicted_ms > 0 or pulse.layer > 0
+        watched.told = pulse.predicted_ms > 0
         rest_s = (pulse.predicted_ms - pulse.step_age_ms) / 1000
         watched.rest_s = rest_s if pulse.busy and 0 < rest_s < math.inf else 0.0
-        if watched.rest_s > 0:
-            watched.span_s = max(watched.span_s, watched.rest_s + now_s - watched.progress_s)
+        if watched.rest_s > 0 and not watched.span_s:
+            # Once per progress: a peer that always says "nearly done" does not put its deadline off.
+            watched.span_s = watched.rest_s + now_s - watched.progress_s
 
     # -- what follows -------------------------------------------------------------------------------
 

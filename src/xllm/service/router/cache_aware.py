@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from xllm.config import FrontConfig
 from xllm.service.router.base import Placement, RequestView, RouterSnapshot
 from xllm.service.router.least_load import load_ms
-from xllm.service.router.predict import TIE_MS, Prospect, num_requests, pick, prospects_of
+from xllm.service.router.predict import Prospect, num_requests, pick, prospects_of, tie_ms
 
 NUM_MATCHES = 3
-SHARE_NEW = 1.08
-SHARE_BOUND = 1.25
-"""Times the mean work that an instance may have got lately and still attract: a request that would find
-little there, one that would find all of it. Between the two limits an instance keeps the conversations
-it has and gets no new ones: hysteresis without a state to keep."""
-GRACE_REQS = 2
-"""So many requests beyond the share are no imbalance yet: with few of them the mean says nothing."""
+MAX_SHARE = 1.1
+GRACE_MOVES = 6
+"""An instance attracts until its recent work is `MAX_SHARE` times the mean, and beyond that by so many times
+what it would cost to have this request elsewhere. So it stops taking what is cheap to have elsewhere (a new
+conversation under a prompt that others hold, too) long before it lets go of a conversation that only it
+knows: hysteresis without a state to keep. A lone conversation moves once in some forty turns."""
+MAX_REQS_SHARE, GRACE_REQS = 1.25, 2
+"""The same for requests in flight. With few of them the mean says nothing, hence the two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +32,14 @@ class _Share:
     num_reqs: float
     num_instances: int
 
-    def is_over(self, prospect: Prospect, num_tokens: int) -> bool:
-        """Would the request carry the instance beyond its share?"""
-        matched = prospect.hit / max(1, num_tokens)
-        limit = SHARE_NEW + (SHARE_BOUND - SHARE_NEW) * matched
+    def is_over(self, prospect: Prospect, elsewhere_ms: float) -> bool:
+        """Would the request be too much for the instance? `elsewhere_ms` is its work at another one."""
         n, work = self.num_instances, prospect.work_ms
-        allowed_ms = limit * (self.recent_ms + work / n) + GRACE_REQS * prospect.full_work_ms
-        allowed_reqs = SHARE_BOUND * (self.num_reqs + 1 / n) + GRACE_REQS
-        return prospect.view.recent_ms + work > allowed_ms or prospect.num_reqs + 1 > allowed_reqs
+        move_ms = max(0.0, elsewhere_ms - work)
+        allowed_ms = MAX_SHARE * (self.recent_ms + work / n) + GRACE_MOVES * move_ms
+        allowed_reqs = MAX_REQS_SHARE * (self.num_reqs + 1 / n) + GRACE_REQS
+        # One request's own work is no imbalance.
+        return prospect.view.recent_ms > allowed_ms or prospect.num_reqs + 1 > allowed_reqs
 
 
 def cache_aware(request: RequestView, snapshot: RouterSnapshot, config: FrontConfig) -> Placement | None:
@@ -47,8 +48,8 @@ def cache_aware(request: RequestView, snapshot: RouterSnapshot, config: FrontCon
         return None
     num_tokens = request.num_prompt_tokens + request.num_emitted
     share = _share(snapshot)
-    over = {p.name for p in prospects if p.hit and share.is_over(p, num_tokens)}
-    scored = [(_score(p, p.name in over), p) for p in _candidates(prospects)]
+    over = _over_share(prospects, share)
+    scored = [(_score(p, p.name in over), p) for p in _candidates(prospects, over)]
     chosen = pick(scored, request.request_id)
     hit_ms = chosen.full_prefill_ms - chosen.prefill_ms
     reasons = [
@@ -80,17 +81,28 @@ def _share(snapshot: RouterSnapshot) -> _Share:
     )
 
 
+def _over_share(prospects: list[Prospect], share: _Share) -> set[str]:
+    works = sorted(p.work_ms for p in prospects)
+    if len(works) < 2:
+        return set()
+    return {p.name for p in prospects if share.is_over(p, works[1] if p.work_ms == works[0] else works[0])}
+
+
 def _score(prospect: Prospect, is_over: bool) -> float:
-    """Saved prefill less queue and pressure, from a whole prefill there: instances may differ in speed."""
-    prefill_ms = prospect.full_prefill_ms if is_over else prospect.prefill_ms
+    """Saved prefill less queue and pressure, from a whole prefill there: instances may differ in speed.
+
+    One that is over its share saves nothing, and counts as if it had to compute the prompt twice: it is
+    still taken where all others have long queues.
+    """
+    prefill_ms = 2 * prospect.full_prefill_ms if is_over else prospect.prefill_ms
     return -(prefill_ms + load_ms(prospect))
 
 
-def _candidates(prospects: list[Prospect]) -> list[Prospect]:
+def _candidates(prospects: list[Prospect], over: set[str]) -> list[Prospect]:
     matches = sorted((p for p in prospects if p.hit > 0), key=lambda p: -p.hit)[:NUM_MATCHES]
-    rest = [(load_ms(p) + p.full_prefill_ms, p) for p in prospects if p not in matches]
+    rest = [(-_score(p, p.name in over), p) for p in prospects if p not in matches]
     if not rest:
         return matches
     least = min(load for load, _ in rest)
     # Several where nothing distinguishes them: `pick` then chooses.
-    return matches + [p for load, p in rest if load <= least + TIE_MS]
+    return matches + [p for load, p in rest if load <= least + tie_ms(least)]

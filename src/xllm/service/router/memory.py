@@ -12,13 +12,17 @@ from collections.abc import Collection, Sequence
 from xllm.types import PAGE_SIZE
 
 EXPECTED = "expected"
-WINDOW_REQS = 32
+WINDOW_REQS = 128
 """Placements per instance after which older ones have faded to a third."""
 
 
 class PlacementMemory:
-    """Owned by one front. Every `placed` is followed by one `settled` of the same id, at its first answer,
-    its move or its end, whichever is first; more of them do no harm."""
+    """Owned by one front. Every `placed` is followed by one `settled` of the same id when the request ends or
+    waits for another instance; more of them do no harm.
+
+    While it runs its prompt's pages are certain to be there or to come, so they stay expected; what the
+    index has heard of by then counts as what it is.
+    """
 
     def __init__(self) -> None:
         self._recent_ms: dict[str, float] = {}

@@ -1,13 +1,14 @@
 """What placing a request on each instance would mean, in predicted milliseconds: the arithmetic that
 the load-aware policies share. They differ in what they make of it.
 
-Where an instance's step cost is not known yet, another's is taken, and at a cold start a nominal one: the
+Where an instance's step cost is not known yet, its peers' is taken, and at a cold start a nominal one: the
 order is then that of counts and tokens, and no policy needs a second path.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import xxhash
 
@@ -22,10 +23,13 @@ and its writer may still fail."""
 NOMINAL = StepCost((2.0, 0.1, 0.00005, 0.3, 0.0002))
 STEP_ROWS = 512
 """Rows that an engine is taken to compute in a step: the default of max_num_batched_tokens."""
+DOUBTFUL_ERROR = 0.25
+"""A mean relative error from which on a fit is not believed where it differs from the others'."""
 MAX_EXPECTED_OUTPUT = 64
 """Of max_tokens, what is counted as work: clients ask for far more than they get."""
-TIE_MS = 0.5
-"""Predictions closer than this say nothing."""
+TIE_SHARE, MIN_TIE_MS, MAX_TIE_MS = 0.05, 0.5, 5.0
+"""Predictions that differ by less than a fit's usual error say nothing. Bounded: of a long queue a twentieth
+would hide what a cache saves."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -67,15 +71,42 @@ def num_requests(view: InstanceView) -> int:
     return max(view.num_reqs, view.engine.num_requests)
 
 
+_known = lru_cache(maxsize=1024)(StepCost.known)
+"""A cost changes once in many steps and is looked at with every request."""
+
+
 def prospects_of(request: RequestView, snapshot: RouterSnapshot) -> list[Prospect]:
     """One per instance with room, in the snapshot's order."""
-    costs = [StepCost.known(view.engine.cost) for view in snapshot.instances]
-    known = next((cost for cost in costs if cost is not None), None)
+    costs = [_known(view.engine.cost) for view in snapshot.instances]
+    known = [cost for cost in costs if cost is not None]
+    usual = _mean(known) if known else NOMINAL
     return [
-        _prospect(request, view, cost or known or NOMINAL, known is not None)
+        _prospect(request, view, _believed(view, cost, usual), bool(known))
         for view, cost in zip(snapshot.instances, costs, strict=True)
         if view.has_room
     ]
+
+
+def _mean(costs: list[StepCost]) -> StepCost:
+    if len(costs) == 1:
+        return costs[0]
+    columns = zip(*[cost.coefficients for cost in costs], strict=True)
+    return StepCost(tuple([sum(column) / len(costs) for column in columns]))
+
+
+def _believed(view: InstanceView, own: StepCost | None, usual: StepCost) -> StepCost:
+    """The instance's own cost as far as its fit can be trusted, else what is usual among its peers.
+
+    Instances of a model are mostly equal. A fit that is often wrong would make one of them look faster
+    by chance, and everything new would go there.
+    """
+    if own is None or own is usual:
+        return usual
+    doubt = min(1.0, view.engine.cost_error / DOUBTFUL_ERROR)
+    if doubt < 0.05:
+        return own
+    pairs = zip(own.coefficients, usual.coefficients, strict=True)
+    return StepCost(tuple([mine + doubt * (theirs - mine) for mine, theirs in pairs]))
 
 
 def _prospect(request: RequestView, view: InstanceView, cost: StepCost, is_fitted: bool) -> Prospect:
@@ -132,11 +163,15 @@ def weighted_hit(view: InstanceView, num_tokens: int) -> float:
     return hit
 
 
+def tie_ms(score: float) -> float:
+    return min(MAX_TIE_MS, max(MIN_TIE_MS, TIE_SHARE * abs(score)))
+
+
 def pick(scored: list[tuple[float, Prospect]], request_id: str) -> Prospect:
     """The best score. Where scores are as good as equal: who got least work lately, then a hash of the
     request and the name, so that fronts with the same picture do not all run to the same instance."""
     best = max(score for score, _ in scored)
-    near = [prospect for score, prospect in scored if score >= best - TIE_MS]
+    near = [prospect for score, prospect in scored if score >= best - tie_ms(best)]
     if len(near) == 1:
         return near[0]
     return min(

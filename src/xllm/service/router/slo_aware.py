@@ -37,7 +37,7 @@ def slo_aware(request: RequestView, snapshot: RouterSnapshot, config: FrontConfi
         scored = [(PACKING * whole_ms * uses[p.name] - p.work_ms, p) for p in keeping]
         return _answer(request, scored, uses, f"slo=kept_by_{len(keeping)}_of_{len(prospects)}")
     # In units of its objective, so a miss by a tenth is a miss by a tenth at every objective. The factor
-    # makes ties of `pick` (0.5) differences of half a percent.
+    # makes differences of five percent ties of `pick`.
     return _answer(request, [(-100.0 * _miss(request, p, uses), p) for p in prospects], uses, "slo=missed")
 
 

@@ -9,6 +9,7 @@ import logging
 
 from xllm.observability.logs import log_event
 from xllm.service.draft import RequestDraft
+from xllm.service.failover.decision import MoveCost
 from xllm.service.instances.about import InstanceState
 from xllm.service.router.base import Placement
 from xllm.service.snapshot import NullObserver, RequestRecord
@@ -48,7 +49,7 @@ class DecisionLog(NullObserver):
         )
 
     def on_moved(
-        self, request_id: str, source: str, target: str, cause: str, gap_s: float, recompute_tokens: int
+        self, request_id: str, source: str, target: str, cause: str, gap_s: float, cost: MoveCost
     ) -> None:
         log_event(
             log,
@@ -59,7 +60,8 @@ class DecisionLog(NullObserver):
             target=target,
             cause=cause,
             gap_ms=round(gap_s * 1000, 3),
-            recompute_tokens=recompute_tokens,
+            recompute_tokens=cost.recompute_tokens,
+            decision=str(cost),
         )
 
     def on_instance(self, name: str, state: InstanceState, reason: str, detect_s: float) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xllm.service.draft import RequestDraft
+from xllm.service.failover.decision import MoveCost
 from xllm.service.instances.about import InstanceState
 from xllm.service.router.base import Placement
 from xllm.service.snapshot import FrontObserver, NullObserver, RequestRecord
@@ -43,9 +44,9 @@ class FanOut:
                 self._cut(observer)
 
     def on_moved(
-        self, request_id: str, source: str, target: str, cause: str, gap_s: float, recompute_tokens: int
+        self, request_id: str, source: str, target: str, cause: str, gap_s: float, cost: MoveCost
     ) -> None:
-        self._tell("on_moved", request_id, source, target, cause, gap_s, recompute_tokens)
+        self._tell("on_moved", request_id, source, target, cause, gap_s, cost)
 
     def on_resumed(self, request_id: str, instance: str, gap_s: float) -> None:
         self._tell("on_resumed", request_id, instance, gap_s)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from xllm.clock import Clock
 from xllm.observability.tracing import Span, SpanContext, Tracer, Value, parse_traceparent
 from xllm.service.draft import RequestDraft
+from xllm.service.failover.decision import MoveCost
 from xllm.service.router.base import Placement
 from xllm.service.snapshot import NullObserver, RequestRecord
 from xllm.service.stream import Delta
@@ -92,7 +93,7 @@ class RequestSpans(NullObserver):
         request.last_s = now_s
 
     def on_moved(
-        self, request_id: str, source: str, target: str, cause: str, gap_s: float, recompute_tokens: int
+        self, request_id: str, source: str, target: str, cause: str, gap_s: float, cost: MoveCost
     ) -> None:
         if (request := self._open.get(request_id)) is not None:
             request.moving = (source, target, cause)

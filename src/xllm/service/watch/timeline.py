@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from xllm.service.failover.decision import MoveCost
 from xllm.service.router.base import Placement
 from xllm.service.snapshot import RequestRecord
 
@@ -133,11 +134,13 @@ class Timeline:
         """What the engine says of its queue; comes before the output it belongs to."""
         self._queue_s = queue_s
 
-    def moved(
-        self, now_s: float, source: str, target: str, cause: str, gap_s: float, recompute_tokens: int
-    ) -> None:
-        facts = {"from": source, "to": target, "cause": cause, "gap_ms": _ms(gap_s)}
-        self._note(now_s, "moved", **facts, recompute_tokens=recompute_tokens)
+    def moved(self, now_s: float, source: str, target: str, cause: str, gap_s: float, cost: MoveCost) -> None:
+        facts: dict[str, Any] = {"from": source, "to": target, "cause": cause, "gap_ms": _ms(gap_s)}
+        facts["recompute_tokens"] = cost.recompute_tokens
+        for name, ms in (("recompute_ms", cost.recompute_ms), ("migrate_ms", cost.migrate_ms)):
+            if ms is not None:
+                facts[f"predicted_{name}"] = round(ms, 3)
+        self._note(now_s, "moved", **facts)
 
     def instance_state(self, now_s: float, name: str, state: str, reason: str) -> None:
         self._note(now_s, f"instance {state}", instance=name, reason=reason)

@@ -10,6 +10,7 @@ from typing import Any
 
 from xllm.clock import Clock
 from xllm.service.draft import RequestDraft
+from xllm.service.failover.decision import MoveCost
 from xllm.service.instances.about import InstanceState
 from xllm.service.router.base import Placement
 from xllm.service.snapshot import NullObserver, RequestRecord
@@ -82,10 +83,10 @@ class Timelines(NullObserver):
             timeline.output(self._clock.monotonic_s(), num_tokens)
 
     def on_moved(
-        self, request_id: str, source: str, target: str, cause: str, gap_s: float, recompute_tokens: int
+        self, request_id: str, source: str, target: str, cause: str, gap_s: float, cost: MoveCost
     ) -> None:
         if timeline := self._live.get(request_id):
-            timeline.moved(self._clock.monotonic_s(), source, target, cause, gap_s, recompute_tokens)
+            timeline.moved(self._clock.monotonic_s(), source, target, cause, gap_s, cost)
 
     def on_instance(self, name: str, state: InstanceState, reason: str, detect_s: float) -> None:
         self.instance_events.append((self._clock.wall_s(), name, state, reason, detect_s))

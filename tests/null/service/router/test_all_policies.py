@@ -104,6 +104,16 @@ def test_one_whose_cost_is_not_known_is_taken_to_be_like_the_others(name: str) -
     assert chosen(policy, request(), new, old) == "new"
 
 
+def test_a_fit_that_is_often_wrong_is_not_believed_where_it_differs_from_its_peers() -> None:
+    """One engine looks twice as fast. If its fit is good it is worth a queue; if not, it is not."""
+    policy = load_policy("least-load")
+    fast = tuple(c / 2 for c in COST)
+    for error, is_believed in ((0.02, True), (0.3, False)):
+        looks_fast = instance("fast", cost=fast, error=error, backlog=400)
+        others = [instance(n, error=error, backlog=300) for n in "bcdef"]
+        assert (chosen(policy, request(), looks_fast, *others) == "fast") is is_believed
+
+
 def test_an_instance_is_not_asked_beyond_what_it_holds() -> None:
     for name in NAMES:
         full = instance("a", reqs=4, max_reqs=4, matched=(("device", 960),))

@@ -12,7 +12,7 @@ import pytest
 
 from tests.null.service.router.tables import COST, ask, chosen, instance, request
 from xllm.service.router.base import InstanceView
-from xllm.service.router.cache_aware import GRACE_REQS, NUM_MATCHES, SHARE_BOUND, cache_aware
+from xllm.service.router.cache_aware import GRACE_REQS, MAX_REQS_SHARE, NUM_MATCHES, cache_aware
 
 
 def hit(tokens: int, tier: str = "device") -> tuple[tuple[str, int], ...]:
@@ -92,15 +92,13 @@ def test_a_hot_prefix_leaves_its_only_holder_when_that_has_had_its_share() -> No
     assert "over_share=a" in placement.reasons
 
 
-def test_between_the_limits_it_keeps_its_conversations_and_gets_no_new_ones() -> None:
-    """Mean 1000 ms each of much larger requests' worth: the grace of two requests is small against it."""
-    others = [instance(n, recent=9_400.0) for n in "bc"]
-    view = request(1000)
-    holder = {"recent": 11_800.0}
-    new = instance("a", matched=hit(128), **holder)  # type: ignore[arg-type]
-    bound = instance("a", matched=hit(960), **holder)  # type: ignore[arg-type]
-    assert chosen(cache_aware, view, new, *others) in ("b", "c")
-    assert chosen(cache_aware, view, bound, *others) == "a"
+def test_what_is_cheap_to_have_elsewhere_leaves_before_what_only_one_knows() -> None:
+    """Of a hundred requests' worth of work, and a fifth over the share."""
+    a, b = {"recent": 12_500.0}, {"recent": 9_400.0}
+    common, own = hit(640), hit(960)
+    for matched_b, matched_a, where in ((common, common, "b"), (common, own, "b"), ((), own, "a")):
+        views = instance("a", matched=matched_a, **a), instance("b", matched=matched_b, **b)  # type: ignore[arg-type]
+        assert chosen(cache_aware, request(1000), *views) == where, (matched_a, matched_b)
 
 
 def test_an_instance_with_far_more_requests_attracts_no_more_even_with_no_memory_of_work() -> None:
@@ -108,7 +106,7 @@ def test_an_instance_with_far_more_requests_attracts_no_more_even_with_no_memory
     here, so that it is this rule that decides and not the queue."""
     light = (0.001, 0.0, 0.0, 0.0, 0.0)
     mean = 8.0
-    most = int(SHARE_BOUND * (mean + 0.5)) + GRACE_REQS
+    most = int(MAX_REQS_SHARE * (mean + 0.5)) + GRACE_REQS
     for reqs, over in ((most - 1, False), (most, True)):
         crowded = instance("a", reqs=reqs, cost=light, matched=hit(640))
         placement = ask(cache_aware, request(), crowded, instance("b", reqs=int(2 * mean) - reqs, cost=light))

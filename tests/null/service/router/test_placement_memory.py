@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from xllm.service.router.memory import PlacementMemory
+from xllm.service.router.memory import WINDOW_REQS, PlacementMemory
 
 CHAIN = tuple(bytes([n]) * 16 for n in range(6))
 AB = ("a", "b")
@@ -60,11 +60,11 @@ def test_nothing_is_expected_of_the_dead_and_late_news_of_them_does_no_harm() ->
 
 def test_work_fades_as_more_is_placed_and_settles_at_the_share() -> None:
     memory = PlacementMemory()
-    for i in range(2000):
+    for i in range(4000):
         memory.placed(f"r{i}", AB[i % 4 == 0], 10.0, AB)
     recent = memory.recent_ms(AB)
     assert recent["a"] == pytest.approx(3 * recent["b"], rel=0.1)
-    assert sum(recent.values()) == pytest.approx(10.0 * 64, rel=0.05)
+    assert sum(recent.values()) == pytest.approx(10.0 * 2 * WINDOW_REQS, rel=0.05)
 
 
 def test_a_newcomer_is_taken_for_one_of_many_and_not_flooded() -> None:

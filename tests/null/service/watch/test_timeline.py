@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xllm.service.draft import RequestDraft
+from xllm.service.failover.decision import MoveCost
 from xllm.service.router.base import Placement
 from xllm.service.snapshot import RequestRecord
 from xllm.service.stream import Delta, Usage
@@ -56,6 +57,10 @@ class Story:
     def told(self) -> dict:  # type: ignore[type-arg]
         (found,) = self.timelines.find(self.id)
         return found
+
+
+def cost(num_tokens: int) -> MoveCost:
+    return MoveCost(recompute_tokens=num_tokens, recompute_ms=12.5, migrate_ms=None)
 
 
 def record(request_id: str, outcome: str = "stop") -> RequestRecord:
@@ -129,7 +134,7 @@ def test_a_move_takes_from_the_last_output_to_the_next_one(story: Story) -> None
     story.output(0.02)
     story.clock.advance(0.3)
     story.timelines.on_instance("a", "lost", "crash", 0.3)
-    story.timelines.on_moved("r1", "a", "b", "crash", 0.3, 120)
+    story.timelines.on_moved("r1", "a", "b", "crash", 0.3, cost(120))
     story.place("b", attempt=1)
     story.output(0.7)
     story.output(0.02)
@@ -143,6 +148,7 @@ def test_a_move_takes_from_the_last_output_to_the_next_one(story: Story) -> None
     ]
     moved = next(e for e in told["events"] if e["kind"] == "moved")
     assert (moved["from"], moved["to"], moved["cause"], moved["recompute_tokens"]) == ("a", "b", "crash", 120)
+    assert moved["predicted_recompute_ms"] == 12.5
 
 
 def test_a_move_before_the_first_output_ends_with_the_new_placement(story: Story) -> None:
@@ -248,7 +254,7 @@ def test_phases_are_the_whole_whatever_happens(steps: list[tuple[str, float]], s
         elif what == "lost":
             one.timelines.on_instance(dice.choice("ab"), "lost", "", 0.0)
         else:
-            one.timelines.on_moved("r1", "a", "b", "crash", seconds, 1)
+            one.timelines.on_moved("r1", "a", "b", "crash", seconds, cost(1))
     one.end(dice.random())
     ms = one.told()["spent_ms"]
     assert ms["total"] == pytest.approx((clock.monotonic_s() - start_s) * 1000, abs=0.01)

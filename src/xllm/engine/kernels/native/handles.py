@@ -137,12 +137,10 @@ class Pages:
 
     __slots__ = ("__weakref__", "_prefault", "array", "kv_class", "ptr")
 
-    def __init__(self, num_pages: int, page_bytes: int, kv_class: int = 0) -> None:
+    def __init__(self, array: Array, kv_class: int = 0) -> None:
+        """`array` (page, byte) begins on a cache line."""
         self.kv_class = kv_class
-        # calloc'd: memory is taken when it is first touched, by the prefault thread where that is in time.
-        raw = np.zeros(num_pages * page_bytes + _ALIGN, dtype=np.uint8)
-        offset = -raw.ctypes.data % _ALIGN
-        self.array = raw[offset : offset + num_pages * page_bytes].reshape(num_pages, page_bytes)
+        self.array = array
         self.ptr: int = self.array.ctypes.data
         self._prefault: Prefault | None = None
         if self.array.nbytes >= _PREFAULT_FROM:
@@ -153,6 +151,16 @@ class Pages:
         """These pages have come to a new owner."""
         if which and self._prefault is not None:
             self._prefault.use((max(which) + 1) * self.array.shape[1])
+
+
+def private_pages(num_pages: int, page_bytes: int) -> Array:
+    """Memory for pages that ends with the process, (page, byte).
+
+    calloc'd: it is taken when it is first touched, by the prefault thread where that is in time.
+    """
+    raw = np.zeros(num_pages * page_bytes + _ALIGN, dtype=np.uint8)
+    offset = -raw.ctypes.data % _ALIGN
+    return raw[offset : offset + num_pages * page_bytes].reshape(num_pages, page_bytes)
 
 
 class AttentionPlan:

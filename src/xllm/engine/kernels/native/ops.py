@@ -13,9 +13,19 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from xllm.codes import GroupCodes
-from xllm.engine.kernels.native.handles import Arena, AttentionPlan, Indices, Matrix, Pages, Rows, Values
+from xllm.engine.kernels.native.handles import (
+    Arena,
+    AttentionPlan,
+    Indices,
+    Matrix,
+    Pages,
+    Rows,
+    Values,
+    private_pages,
+)
 from xllm.engine.kernels.native.library import check
 from xllm.engine.kernels.native.packing import Packer, WeightClass
 from xllm.engine.kernels.native.plan import make_plan
@@ -37,6 +47,9 @@ KVDtype = Literal["bfloat16", "int8"]
 
 _KV_CLASSES: dict[KVDtype, tuple[int, int, int]] = {"bfloat16": (0, 2, 0), "int8": (1, 1, 4)}
 """What the library calls it, bytes of an element and of a scale."""
+
+PageMemory = Callable[[int, int], npt.NDArray[np.uint8]]
+"""(number of pages, bytes of a page) → memory (page, byte)."""
 
 _PROBE_ROWS = (1, 3, 7, 16)
 
@@ -82,11 +95,14 @@ class NativeOps:
         head_class: WeightClass = "bf16",
         keeps_codes: bool = False,
         kv_dtype: KVDtype = "bfloat16",
+        page_memory: PageMemory = private_pages,
     ) -> None:
         """`linear_class` is how linears are kept, `head_class` embedding and head.
 
         With `keeps_codes`, what the file stores as codes in groups of 32 is computed on as it is stored.
+        `page_memory` is called once per KV group, in order.
         """
+        self._page_memory = page_memory
         self._lib = library
         self._linear_class, self._head_class = linear_class, head_class
         self._keeps_codes = keeps_codes
@@ -174,7 +190,8 @@ class NativeOps:
         return Buffer(Indices(values))
 
     def kv_pages(self, group: KVGroup, num_pages: int) -> Buffer:
-        return Buffer(Pages(num_pages, group.page_bytes(*self._kv_bytes), self._kv_class))
+        memory = self._page_memory(num_pages, group.page_bytes(*self._kv_bytes))
+        return Buffer(Pages(memory, self._kv_class))
 
     def copy_page(self, pages: Buffer, src: int, dst: int) -> None:
         array = _pages(pages).array

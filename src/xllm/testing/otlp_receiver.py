@@ -1,4 +1,4 @@
-"""An OTLP/HTTP trace receiver in a thread: what a collector would have been told."""
+"""An OTLP/HTTP trace receiver in a thread: what a collector would have been told. Needs the extra `otel`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,9 @@ class OtlpReceiver:
     """`hold()` makes it take connections and answer nothing until `release()`."""
 
     def __init__(self) -> None:
+        from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
+
+        self._decode = trace_service_pb2.ExportTraceServiceRequest.FromString
         self._spans: list[Received] = []
         self._news = threading.Condition()
         self._open = threading.Event()
@@ -83,7 +84,7 @@ class OtlpReceiver:
             self.num_requests += 1
             self._news.notify_all()
         self._open.wait(60)
-        message = ExportTraceServiceRequest.FromString(body)
+        message = self._decode(body)
         with self._news:
             for part in message.resource_spans:
                 service = _attributes(part.resource.attributes)["service.name"]

@@ -1,0 +1,86 @@
+"""Faults against the engine processes of a running server, each proven to have happened.
+
+Signals go to process ids that the server itself names (GET /instances), and to nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import psutil
+
+
+class FaultDidNotHappenError(Exception):
+    """A test that goes on would prove nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSeen:
+    """One entry of GET /instances, as far as faults need it."""
+
+    name: str
+    pid: int
+    state: str
+
+
+def engines(base_url: str, **kwargs: Any) -> list[EngineSeen]:
+    data = httpx.get(f"{base_url}/instances", timeout=30, trust_env=False, **kwargs).json()["instances"]
+    return [EngineSeen(name=i["id"], pid=i["pid"] or 0, state=i["state"]) for i in data]
+
+
+def ready(base_url: str) -> list[EngineSeen]:
+    return [e for e in engines(base_url) if e.state == "ready" and e.pid]
+
+
+def wait_ready(base_url: str, count: int, timeout_s: float = 120.0) -> list[EngineSeen]:
+    """Until `count` engines are ready; TimeoutError names what is there instead."""
+    end_s = time.monotonic() + timeout_s
+    while len(found := ready(base_url)) < count:
+        if time.monotonic() > end_s:
+            raise TimeoutError(f"{count} ready engines wanted, there are {engines(base_url)}")
+        time.sleep(0.05)
+    return found
+
+
+def kill(engine: EngineSeen, timeout_s: float = 10.0) -> float:
+    """SIGKILL; the moment it was sent. Raises FaultDidNotHappenError unless the process is gone."""
+    sent_s = time.monotonic()
+    os.kill(engine.pid, signal.SIGKILL)
+    end_s = sent_s + timeout_s
+    while _state(engine.pid) not in (None, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+        if time.monotonic() > end_s:
+            raise FaultDidNotHappenError(f"{engine} is alive after SIGKILL")
+        time.sleep(0.002)
+    return sent_s
+
+
+def stop(engine: EngineSeen, timeout_s: float = 10.0) -> float:
+    """SIGSTOP; the moment it was sent. Raises FaultDidNotHappenError unless the process stands still."""
+    sent_s = time.monotonic()
+    os.kill(engine.pid, signal.SIGSTOP)
+    end_s = sent_s + timeout_s
+    while _state(engine.pid) != psutil.STATUS_STOPPED:
+        if time.monotonic() > end_s:
+            raise FaultDidNotHappenError(f"{engine} runs on after SIGSTOP")
+        time.sleep(0.002)
+    return sent_s
+
+
+def carry_on(engine: EngineSeen) -> None:
+    """SIGCONT, if it is still there."""
+    try:
+        os.kill(engine.pid, signal.SIGCONT)
+    except ProcessLookupError:
+        return
+
+
+def _state(pid: int) -> str | None:
+    try:
+        return str(psutil.Process(pid).status())
+    except psutil.NoSuchProcess:
+        return None

@@ -1,0 +1,171 @@
+"""What a simulated engine computes with: the null device, a memory of its draws, and virtual step times.
+
+The real core, scheduler, page manager and sampler over tokens that are hashes of what the pages hold;
+only the time a step takes is made up. No event loop here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import msgspec
+import xxhash
+
+from xllm.clock import Clock
+from xllm.config import SchedulerConfig
+from xllm.cost import StepCost, attention_work
+from xllm.engine.core import EngineCore
+from xllm.engine.executor import InProcExecutor
+from xllm.engine.memory.manager import PageManager
+from xllm.engine.plan import SequencePlan, SequenceResult, StepPlan, StepResult
+from xllm.engine.platform.null_runner import NullRunner
+from xllm.engine.sampling import Sampler
+from xllm.engine.scheduler.order import create_order
+from xllm.engine.scheduler.scheduler import Scheduler
+from xllm.testing.tiny_tokenizer import tiny_assets
+from xllm.types import KVGroup, KVLayout, ModelCard
+
+VOCAB_SIZE = 264
+EOS = 2
+POISON = VOCAB_SIZE - 1
+"""A prompt that begins with this token kills the engine that computes it."""
+MAX_MODEL_LEN = 512
+NUMERICS_CLASS = "simulated"
+
+FULL = KVGroup(kind="full", layers=(0,), num_kv_heads=1, head_dim=16)
+WINDOW = KVGroup(kind="window", layers=(1,), num_kv_heads=1, head_dim=16, window=100)
+
+TEXT_ASSETS = tiny_assets(VOCAB_SIZE)
+ASSETS = {hashlib.sha256(data).hexdigest(): data for data in TEXT_ASSETS.values()}
+
+
+SMOLLM2_ON_TWO_CORES = StepCost((2.0, 0.1, 0.0002, 0.15, 0.0005))
+"""About what steps of SmolLM2 take there, in ms; see `StepCost` for the terms."""
+
+
+class Draws:
+    """What the device answered before, by everything an answer depends on.
+
+    Recomputing is most of what faults cause, and a draw costs more than all else in a simulated step.
+    A wrong page still gives another key, so nothing is hidden by it.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[bytes, SequenceResult] = {}
+
+
+class SimRunner(NullRunner):
+    """The null device with a memory shared by all engines of one simulation."""
+
+    def __init__(self, layout: KVLayout, num_pages: int, draws: Draws) -> None:
+        super().__init__(layout, [num_pages] * len(layout.groups), VOCAB_SIZE, Sampler())
+        self._draws = draws
+
+    def _sequence(self, entry: SequencePlan) -> SequenceResult:
+        if entry.sample is None or entry.prompt_logprobs is not None:
+            return super()._sequence(entry)
+        self._write(entry)
+        position = entry.start + len(entry.tokens) - 1
+        seen = [self._visible(g, entry, position).tobytes() for g in range(len(self._kv))]
+        key = xxhash.xxh3_128_digest(b"|".join((msgspec.msgpack.encode(entry.sample), *seen)))
+        known = self._draws.known.get(key)
+        if known is None:
+            known = self._draws.known[key] = super()._sequence(entry)
+        return msgspec.structs.replace(known, seq_id=entry.seq_id)
+
+
+class DeviceLostError(Exception):
+    """A request took the device down, and the process with it."""
+
+
+class SimExecutor(InProcExecutor):
+    """Runs a step at once and says how long it would have taken."""
+
+    def __init__(self, runner: NullRunner, step_time: StepCost) -> None:
+        super().__init__(runner)
+        self._step_time = step_time
+        self.slowdown = 1.0
+        self.last_step_ms = 0.0
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if any(entry.start == 0 and entry.tokens[0] == POISON for entry in plan.sequences):
+            raise DeviceLostError
+        result = super().execute(plan)
+        self.last_step_ms = self.slowdown * planned_ms(self._step_time, plan)
+        return msgspec.structs.replace(result, elapsed_ms=self.last_step_ms)
+
+
+def planned_ms(step_time: StepCost, plan: StepPlan) -> float:
+    """The time of the whole step by the cost model."""
+    prefill_rows = prefill_context = num_decoding = decode_context = 0
+    for entry in plan.sequences:
+        rows = len(entry.tokens)
+        if rows == 1 and entry.sample is not None:
+            num_decoding += 1
+            decode_context += entry.start + 1
+        else:
+            prefill_rows += rows
+            prefill_context += attention_work(entry.start, rows)
+    return step_time.step_ms(prefill_rows, prefill_context, num_decoding, decode_context)
+
+
+@dataclass(slots=True)
+class Device:
+    """A core with its parts in reach."""
+
+    core: EngineCore
+    memory: PageManager
+    executor: SimExecutor
+    card: ModelCard
+    max_reqs: int
+
+
+def build_device(
+    clock: Clock,
+    draws: Draws,
+    *,
+    num_pages: int,
+    groups: tuple[KVGroup, ...] = (FULL,),
+    config: SchedulerConfig | None = None,
+    step_time: StepCost = SMOLLM2_ON_TWO_CORES,
+    model_id: str = "simulated",
+    numerics_class: str = NUMERICS_CLASS,
+) -> Device:
+    """A fresh engine core; `num_pages` per KV group."""
+    config = config or SchedulerConfig()
+    layout = KVLayout(groups=groups, dtype="float32")
+    memory = PageManager(groups, [num_pages] * len(groups), enable_prefix_caching=True)
+    scheduler = Scheduler(
+        config,
+        memory,
+        create_order(config.scheduling_policy),
+        numerics_class=numerics_class,
+        max_model_len=MAX_MODEL_LEN,
+        eos_token_ids=(EOS,),
+    )
+    executor = SimExecutor(SimRunner(layout, num_pages, draws), step_time)
+    card = ModelCard(
+        model_id=model_id,
+        aliases=(),
+        architecture="null",
+        weights_digest="simulated",
+        dtype="float32",
+        vocab_size=VOCAB_SIZE,
+        head_width=VOCAB_SIZE,
+        max_model_len=MAX_MODEL_LEN,
+        eos_token_ids=(EOS,),
+        assets={name: hashlib.sha256(data).hexdigest() for name, data in TEXT_ASSETS.items()},
+        kv_layout_digest=layout.digest(),
+        numerics_class=numerics_class,
+        deterministic=True,
+        page_size=64,
+        num_pages=num_pages * len(groups),
+    )
+    return Device(
+        core=EngineCore(card, scheduler, memory, executor, clock),
+        memory=memory,
+        executor=executor,
+        card=card,
+        max_reqs=config.max_num_seqs + config.max_num_queued_reqs,
+    )

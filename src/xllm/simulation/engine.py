@@ -1,0 +1,184 @@
+"""A simulated engine process: the real core and the real message loop on virtual time, and its faults.
+
+One process of one instance. It does what `engine/process.py`, `engine/server.py` and `engine/hub.py` do
+with threads and sockets; what a message means and what a step computes is the real code's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from xllm.engine.hub import pulse_of
+from xllm.simulation.device import ASSETS, Device, DeviceLostError
+from xllm.simulation.link import SimStream, connect
+from xllm.simulation.message_loop import SimInbox, SimPort, VirtualEngineLoop
+from xllm.wire.messages import (
+    PULSE_S,
+    Attach,
+    Drain,
+    Hello,
+    Ready,
+    Start,
+)
+
+
+class SimEngine:
+    """`alive` = the process exists; `stopped` = it exists and does nothing (SIGSTOP).
+
+    Frames of a step leave when its time has passed; who dies meanwhile takes them along. A `server`
+    outlives its connections; otherwise the process belongs to its first one.
+    """
+
+    def __init__(self, name: str, device: Device, latency_s: Callable[[], float], *, server: bool) -> None:
+        self.name = name
+        self.device = device
+        self.alive = True
+        self.stopped = False
+        self.exited_in_order = False
+        self.died_of_request = False
+        self.failure: Exception | None = None
+        self.server = server
+        self._latency_s = latency_s
+        self._loop = asyncio.get_running_loop()
+        self._inbox = SimInbox()
+        self._ports: list[SimPort] = []
+        self._may_run = asyncio.Event()
+        self._may_run.set()
+        self._may_compute = asyncio.Event()
+        self._may_compute.set()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._main: asyncio.Task[None] | None = None
+        if server:
+            self._begin(None)
+
+    def connect(self) -> SimStream:
+        """A new connection of a front."""
+        stream, end = connect(self._loop, self._latency_s)
+        port = SimPort(len(self._ports), end)
+        self._ports.append(port)
+        self._spawn(self._read(port), f"reader {port.number} of {self.name}")
+        return stream
+
+    # -- faults ---------------------------------------------------------------------------------
+
+    def crash(self) -> None:
+        """kill -9: nothing is finished, nothing is said."""
+        self._die()
+
+    def stop(self) -> None:
+        """SIGSTOP: the connection stays, nothing moves."""
+        self.stopped = True
+        self._may_run.clear()
+
+    def resume(self) -> None:
+        """SIGCONT: goes on exactly where it was, whatever happened meanwhile."""
+        self.stopped = False
+        self._may_run.set()
+
+    def hang_device(self) -> None:
+        """The step thread sits in a step that does not end; the I/O thread lives."""
+        self._may_compute.clear()
+
+    def release_device(self) -> None:
+        self._may_compute.set()
+
+    def slow_down(self, factor: float) -> None:
+        self.device.executor.slowdown = factor
+
+    def cut(self) -> None:
+        """All connections break; the process lives until it notices, or on as a server."""
+        for port in self._ports:
+            port.end_.cut()
+
+    def drain(self) -> None:
+        """SIGTERM: accept nothing new, finish what runs, end."""
+        self._inbox.put((None, Drain()))
+
+    def shut_down(self) -> None:
+        """End after the step that runs."""
+        self.resume()
+        self.release_device()
+        self._inbox.put((None, None))
+
+    def repeat_messages(self, count: int) -> None:
+        """The next `count` messages to each front arrive twice."""
+        for port in self._ports:
+            port.end_.outbound.num_to_repeat = count
+
+    async def ended(self) -> None:
+        """Wait until the process is gone, whatever ended it."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    # -- the process ------------------------------------------------------------------------------
+
+    def _begin(self, parent: SimPort | None) -> None:
+        self._main = self._spawn(self._run(parent), f"engine {self.name}")
+        self._spawn(self._pulse(), f"pulses of {self.name}")
+
+    async def _run(self, parent: SimPort | None) -> None:
+        device = self.device
+        ready = Ready(card=device.card, pid=0, max_reqs=device.max_reqs)
+        try:
+            if parent is not None:
+                parent.send(ready)
+            loop = VirtualEngineLoop(device.core, ASSETS, self._inbox, ready, parent)
+            await loop.run_virtually(self._may_run, self._take_time)
+            self.exited_in_order = True
+        except DeviceLostError:
+            self.died_of_request = True
+        except Exception as error:  # noqa: BLE001 - a bug of the engine's; whoever simulates must see it
+            self.failure = error
+        finally:
+            self._die()
+
+    async def _take_time(self) -> None:
+        await asyncio.sleep(self.device.executor.last_step_ms / 1000)
+        await self._may_compute.wait()
+
+    async def _read(self, port: SimPort) -> None:
+        """The I/O thread's part for one connection."""
+        while True:
+            await port.end_.inbound.wait_readable()
+            await self._may_run.wait()
+            arrived, message = port.end_.take()
+            if not arrived:
+                continue
+            if message is None:
+                port.pulsing = False
+                port.end_.outbound.end()
+                self._inbox.put((port, None))
+                if self._main is None:
+                    self._die()
+                return
+            if isinstance(message, Hello):
+                port.send(Hello(incarnation=self.name))
+            elif isinstance(message, Start) and self._main is None:
+                self._begin(port)
+            elif isinstance(message, Attach) or self._main is not None:
+                self._inbox.put((port, message))
+
+    async def _pulse(self) -> None:
+        while True:
+            await asyncio.sleep(PULSE_S)
+            await self._may_run.wait()
+            for port in self._ports:
+                if port.pulsing:
+                    port.send(pulse_of(self.device.core.progress, self._loop.time()))
+
+    def _die(self) -> None:
+        if not self.alive:
+            return
+        self.alive = False
+        for port in self._ports:
+            port.end_.die()
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+
+    def _spawn(self, work: object, name: str) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = self._loop.create_task(work, name=name)  # type: ignore[arg-type]
+        self._tasks.append(task)
+        task.add_done_callback(self._tasks.remove)
+        return task

@@ -1,0 +1,93 @@
+"""Carries out the faults of a schedule on a cluster, at their time, and undoes them at theirs.
+
+It draws nothing and judges nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from xllm.simulation.cluster import RESTART_S, SimCluster
+from xllm.simulation.engine import SimEngine
+from xllm.simulation.record import Timeline
+from xllm.simulation.schedule import Fault
+
+SLOW_IS_UNUSABLE = 4.0
+"""A step that takes this many times its prediction may be taken for a hang."""
+
+
+class FaultPlayer:
+    """`num_hit` counts faults that met a living process; others find nothing to hurt."""
+
+    def __init__(
+        self, cluster: SimCluster, timeline: Timeline, origin_s: float, log: Callable[..., None]
+    ) -> None:
+        self.num_hit = 0
+        self._timeline = timeline
+        self._cluster = cluster
+        self._origin_s = origin_s
+        self._log = log
+        self._loop = asyncio.get_running_loop()
+
+    async def start(self, name: str, at_s: float) -> None:
+        """Bring the instance into the cluster at its time."""
+        await asyncio.sleep(self._origin_s + at_s - self._loop.time())
+        await self._cluster.add(name)
+
+    async def play(self, fault: Fault, name: str) -> None:
+        await asyncio.sleep(self._origin_s + fault.at_s - self._loop.time())
+        if fault.kind == "wall_jump":
+            self._cluster.clock.jump_wall(fault.amount)
+            return
+        engine = self._cluster.engines.get(name)
+        if engine is None or not engine.alive:
+            return
+        self.num_hit += 1
+        self._log(fault.kind, name)
+        self._timeline.fault(name, self._loop.time(), fault.kind, fault.lasts_s)
+        await self._inflict(fault, name, engine)
+
+    async def _inflict(self, fault: Fault, name: str, engine: SimEngine) -> None:
+        cluster = self._cluster
+        match fault.kind:
+            case "crash" | "cut" | "drain":
+                cluster.restart_s[name] = fault.lasts_s
+                {"crash": engine.crash, "cut": engine.cut, "drain": engine.drain}[fault.kind]()
+                # The next loss, if one follows, is nobody's plan.
+                await engine.ended() if fault.kind != "cut" else await asyncio.sleep(RESTART_S)
+                if fault.lasts_s is not None:
+                    cluster.restart_s.pop(name, None)
+            case "stop":
+                await self._while(fault, name, engine.stop, engine.resume)
+            case "hang":
+                await self._while(fault, name, engine.hang_device, engine.release_device)
+            case "slow":
+                bad = fault.amount >= SLOW_IS_UNUSABLE
+                slow, usual = (lambda: engine.slow_down(fault.amount)), (lambda: engine.slow_down(1.0))
+                await self._while(fault, name, slow, usual, unusable=bad)
+            case "delay":
+                late, usual = (lambda: cluster.delay(name, fault.amount)), (lambda: cluster.delay(name, 0.0))
+                await self._while(fault, name, late, usual)
+            case "repeat":
+                engine.repeat_messages(int(fault.amount))
+            case _:
+                return
+
+    async def _while(
+        self,
+        fault: Fault,
+        name: str,
+        begin: Callable[[], None],
+        end: Callable[[], None],
+        *,
+        unusable: bool = True,
+    ) -> None:
+        if unusable:
+            self._timeline.bad(name, self._loop.time(), 1)
+        begin()
+        await asyncio.sleep(fault.lasts_s or 0.0)
+        self._log("end", fault.kind, name)
+        end()
+        if unusable:
+            self._timeline.bad(name, self._loop.time(), -1)

@@ -1,0 +1,104 @@
+"""The engine's real message loop on virtual time: where it would block a thread, it awaits.
+
+What a message means is `engine.loop.EngineLoop`'s business; only waiting and the time of a step are here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+
+from xllm.engine.core import EngineCore
+from xllm.engine.loop import HEARTBEAT_S, EngineLoop
+from xllm.engine.port import Item, Port
+from xllm.simulation.link import EngineEnd
+from xllm.wire.messages import WIRE_VERSION, EngineMessage, Ready
+
+
+class SimInbox(queue.SimpleQueue[Item]):
+    """Never waits: an engine that waits for a message does so on the virtual loop."""
+
+    def __init__(self) -> None:
+        self._items: deque[Item] = deque()
+        self.arrived = asyncio.Event()
+
+    def put(self, item: Item, block: bool = True, timeout: float | None = None) -> None:
+        self._items.append(item)
+        self.arrived.set()
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Item:
+        if not self._items:
+            raise queue.Empty
+        return self._items.popleft()
+
+    def qsize(self) -> int:
+        return len(self._items)
+
+
+class SimPort:
+    """One front's session at the engine; a `Port`."""
+
+    def __init__(self, number: int, end: EngineEnd) -> None:
+        self.number = number
+        self.version = WIRE_VERSION
+        self.pulsing = False
+        self.end_ = end
+
+    def send(self, message: EngineMessage) -> None:
+        self.end_.send(message)
+
+    def took(self) -> None:
+        return
+
+    def end(self) -> None:
+        self.end_.outbound.end()
+
+
+class VirtualEngineLoop(EngineLoop):
+    """The message loop, taken apart where it would block a thread."""
+
+    def __init__(
+        self,
+        core: EngineCore,
+        assets: Mapping[str, bytes],
+        inbox: SimInbox,
+        ready: Ready,
+        parent: Port | None,
+    ) -> None:
+        super().__init__(core, assets, inbox, ready, parent=parent)
+        self._virtual_inbox = inbox
+
+    async def run_virtually(self, may_run: asyncio.Event, take_time: Callable[[], Awaitable[None]]) -> None:
+        """`EngineLoop.run`; a step's results leave when `take_time` is over."""
+        self._kv.tell(may_wait=False)
+        ran = False
+        while True:
+            if not ran:
+                await self._await_message(may_run)
+            await may_run.wait()
+            if not self._take_messages(may_wait=False):
+                break
+            ran = self._core.advance()
+            if ran:
+                await take_time()
+                await may_run.wait()
+            if not self._publish(ran):
+                break
+        self._finish()
+
+    async def _await_message(self, may_run: asyncio.Event) -> None:
+        """Until there is one; on each heartbeat without one the fronts are told that nothing happens."""
+        self._core.progress.busy = False
+        inbox = self._virtual_inbox
+        while not inbox.qsize():
+            inbox.arrived.clear()
+            try:
+                async with asyncio.timeout(HEARTBEAT_S):
+                    await inbox.arrived.wait()
+            except TimeoutError:
+                await may_run.wait()
+                self._tell_all(self._fronts.values())
+                if self._drain_end_s is not None:
+                    return

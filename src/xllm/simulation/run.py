@@ -1,0 +1,228 @@
+"""Runs one schedule from beginning to quiet, and says what was wrong with it.
+
+Everything is made anew for each run; what is drawn comes from the schedule's seed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from xllm import ids
+from xllm.simulation.client import Client, Outcome
+from xllm.simulation.cluster import EngineShape, SimCluster
+from xllm.simulation.device import Draws
+from xllm.simulation.engine import SimEngine
+from xllm.simulation.faults import FaultPlayer
+from xllm.simulation.golden import golden_output
+from xllm.simulation.loop import StuckError, run_virtual
+from xllm.simulation.oracle import judge
+from xllm.simulation.record import Observer, Record, Timeline
+from xllm.simulation.schedule import Schedule, make_schedule
+
+END_AFTER_S = 400.0
+"""Virtual seconds after the schedule's last event within which every request must have ended."""
+HEAD_START_S = 0.5
+"""Instances that start at 0 have this long before the first request."""
+SETTLE_S = 2.5
+"""Afterwards, for what is still on its way."""
+QUIET_AFTER_S = 60.0
+"""Virtual seconds after the last request within which every engine must be idle."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """`wrong` is empty for a good run. `digest` is of everything that happened, with its times."""
+
+    seed: int
+    wrong: tuple[str, ...]
+    digest: str
+    num_requests: int
+    num_faults_hit: int
+    num_completed: int
+    num_losses: int
+    virtual_s: float
+    error_codes: tuple[str, ...] = ()
+    gaps_s: tuple[float, ...] = ()
+
+
+class EventLog:
+    """Everything that happened, in order. Equal digests = equal runs."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, keep: bool = False) -> None:
+        self._loop = loop
+        self._hash = hashlib.sha256()
+        self.lines: list[str] | None = [] if keep else None
+
+    def __call__(self, *fields: object) -> None:
+        line = f"{self._loop.time():.6f} {' '.join(map(repr, fields))}"
+        self._hash.update(line.encode())
+        if self.lines is not None:
+            self.lines.append(line)
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def run_seed(seed: int) -> Report:
+    return run_schedule(make_schedule(seed))
+
+
+def run_schedule(schedule: Schedule, on_line: Callable[[str], None] | None = None) -> Report:
+    """Run it on a fresh virtual loop. `on_line` gets the event log afterwards."""
+    rng = random.Random(schedule.seed ^ 0x5EED)
+    with ids.predictable(rng.getrandbits):
+        try:
+            return run_virtual(_Run(schedule, rng, on_line).run())
+        except StuckError as error:
+            return _stuck(schedule, str(error))
+
+
+class _Run:
+    def __init__(self, schedule: Schedule, rng: random.Random, on_line: Callable[[str], None] | None) -> None:
+        self._schedule = schedule
+        self._rng = rng
+        self._on_line = on_line
+        self._draws = Draws()
+
+    async def run(self) -> Report:
+        schedule = self._schedule
+        loop = asyncio.get_running_loop()
+        begun_s = loop.time()
+        origin_s = begun_s + HEAD_START_S
+        log = EventLog(loop, keep=self._on_line is not None)
+        observer = Observer(log, loop.time)
+        shape = EngineShape(
+            num_pages=schedule.num_pages,
+            groups=schedule.groups,
+            scheduler=schedule.scheduler,
+            step_time=schedule.step_time,
+            servers=schedule.servers,
+        )
+        timeline = Timeline()
+
+        def on_change(name: str, up: bool) -> None:
+            log("up" if up else "down", name)
+            timeline.up(name, loop.time(), up)
+
+        cluster = SimCluster(
+            schedule.front,
+            shape,
+            rng=self._rng,
+            observer=observer,
+            latency_s=schedule.latency_s,
+            draws=self._draws,
+            on_change=on_change,
+        )
+        player = FaultPlayer(cluster, timeline, origin_s, log)
+        names = [f"engine-{i}" for i in range(len(schedule.starts_s))]
+        clients = [Client(i, r, cluster.front, origin_s) for i, r in enumerate(schedule.requests)]
+        starts = [player.start(n, at - HEAD_START_S) for n, at in zip(names, schedule.starts_s, strict=True)]
+        faults = [player.play(f, names[f.instance]) for f in schedule.faults]
+        side = [loop.create_task(w, name="fault") for w in (*starts, *faults)]
+        readers = [loop.create_task(c.run(), name=f"client {i}") for i, c in enumerate(clients)]
+        await asyncio.sleep(schedule.last_event_s)
+        await asyncio.wait(readers, timeout=END_AFTER_S)
+        failures = [str(t.exception()) for t in readers if t.done() and t.exception() is not None]
+        failures += [repr(t.exception()) for t in side if t.done() and t.exception() is not None]
+        engine_faults = [*await _quiet(cluster), *_index_faults(cluster)]
+        record = Record(
+            outcomes=[c.outcome for c in clients],
+            front=cluster.front.snapshot(),
+            num_ended=observer.num_ended,
+            golden=lambda spec: golden_output(spec, schedule.groups, self._draws),
+            engine_faults=engine_faults,
+            timeline=timeline,
+            detections=observer.detections,
+            ended_s=loop.time(),
+            may_be_full=_may_be_full(schedule),
+            recovery_grace_s=schedule.front.recovery_grace_s,
+        )
+        wrong = [*failures, *judge(record)]
+        for task in (*readers, *side):
+            task.cancel()
+        await cluster.close()
+        wrong += [f"{e.name} after its end: {what}" for e in cluster.processes for what in _held(e)]
+        if self._on_line is not None:
+            for line in log.lines or ():
+                self._on_line(line)
+        return Report(
+            seed=schedule.seed,
+            wrong=tuple(wrong),
+            digest=log.digest(),
+            num_requests=len(clients),
+            num_faults_hit=player.num_hit,
+            num_completed=sum(o.error is None and o.refused is None and not o.left for o in record.outcomes),
+            num_losses=timeline.num_losses,
+            virtual_s=loop.time() - begun_s,
+            error_codes=tuple(code for o in record.outcomes if (code := _code(o)) is not None),
+            gaps_s=tuple(observer.gaps_s),
+        )
+
+
+def _code(outcome: Outcome) -> str | None:
+    if outcome.refused is not None:
+        return f"refused:{outcome.refused.code}"
+    return None if outcome.error is None else outcome.error.code
+
+
+async def _quiet(cluster: SimCluster) -> list[str]:
+    """Wait until no living engine holds a request; what they still held after all that time."""
+    loop = asyncio.get_running_loop()
+    end_s = loop.time() + QUIET_AFTER_S
+    while loop.time() < end_s:
+        if all(not e.device.core.has_requests for e in cluster.processes if e.alive):
+            break
+        await asyncio.sleep(0.25)
+    await asyncio.sleep(SETTLE_S)
+    return [f"{e.name}: {what}" for e in cluster.processes if e.alive for what in _held(e)]
+
+
+def _index_faults(cluster: SimCluster) -> list[str]:
+    """Where the front's picture of pages differs from the pages, now that nothing moves any more."""
+    index = cluster.front.kv_index
+    index.check()
+    alive = {i.name for i in cluster.front.snapshot().instances if i.alive}
+    found = [f"the index still knows pages of {n}" for n in index.instances() if n not in alive]
+    for name in sorted(alive):
+        engine = cluster.engines[name]
+        if engine.alive and index.digests(name) != frozenset(engine.device.core.page_names()):
+            found.append(f"the index does not know the pages of {engine.name}")
+    return found
+
+
+def _held(engine: SimEngine) -> list[str]:
+    """What an engine that should be idle still holds. A crashed one holds nothing any more."""
+    found = [f"failed: {engine.failure!r}"] if engine.failure is not None else []
+    if not engine.alive and not engine.exited_in_order:
+        return found
+    counts = engine.device.memory.counts()
+    if engine.device.core.has_requests:
+        found.append("still has requests")
+    elif counts.owned:
+        found.append(f"{counts.owned} pages are owned by nobody")
+    if counts.free + counts.reusable + counts.owned + counts.in_transfer != counts.total:
+        found.append("pages are not conserved")
+    return found
+
+
+def _may_be_full(schedule: Schedule) -> bool:
+    """Whether the instances may have refused requests because there were too many."""
+    room = schedule.scheduler.max_num_seqs + schedule.scheduler.max_num_queued_reqs
+    return len(schedule.requests) >= room
+
+
+def _stuck(schedule: Schedule, why: str) -> Report:
+    return Report(
+        seed=schedule.seed,
+        wrong=(why,),
+        digest="",
+        num_requests=len(schedule.requests),
+        num_faults_hit=0,
+        num_completed=0,
+        num_losses=0,
+        virtual_s=0.0,
+    )
