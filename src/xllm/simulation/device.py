@@ -23,6 +23,7 @@ from xllm.engine.platform.null_runner import NullRunner
 from xllm.engine.sampling import Sampler
 from xllm.engine.scheduler.order import create_order
 from xllm.engine.scheduler.scheduler import Scheduler
+from xllm.errors import InternalError
 from xllm.testing.tiny_tokenizer import tiny_assets
 from xllm.types import KVGroup, KVLayout, ModelCard
 
@@ -91,6 +92,8 @@ class SimExecutor(InProcExecutor):
     def execute(self, plan: StepPlan) -> StepResult:
         if any(entry.start == 0 and entry.tokens[0] == POISON for entry in plan.sequences):
             raise DeviceLostError
+        if len({entry.seq_id for entry in plan.sequences}) != len(plan.sequences):
+            raise InternalError("a sequence is in one plan twice")
         result = super().execute(plan)
         self.last_step_ms = self.slowdown * planned_ms(self._step_time, plan)
         return msgspec.structs.replace(result, elapsed_ms=self.last_step_ms)

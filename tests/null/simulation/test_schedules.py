@@ -64,3 +64,9 @@ def test_a_run_does_not_depend_on_the_order_of_sets() -> None:
         answers.add(subprocess.run(command, env=env, capture_output=True, check=True, text=True).stdout)
     assert len(answers) == 1
     assert all(run_seed(SEEDS[0]).digest in answer for answer in answers)
+
+
+@pytest.mark.parametrize("seed", [952, 1278, 3652])
+def test_what_once_went_wrong(seed: int) -> None:
+    """Engines that stood still (a choice without credit held a seat), a sequence twice in one plan."""
+    assert run_seed(seed).wrong == ()

@@ -154,8 +154,9 @@ class Scheduler:
         # Right after a preemption pages are short: admitting now would only preempt again.
         if self._counters.num_preemptions == num_preemptions:
             self._admit(budget, entries, now_s)
-        # A later sequence may have preempted an earlier entry to get its pages.
-        alive = tuple(e for e in entries if e.seq_id in self._planned)
+        # A later sequence may have preempted an earlier entry to get its pages, and one that was displaced
+        # may have been admitted again at once: only its last entry is about the pages that it has.
+        alive = tuple({e.seq_id: e for e in entries if e.seq_id in self._planned}.values())
         if not alive:
             return None
         self._step += 1
