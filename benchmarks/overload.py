@@ -1,7 +1,8 @@
 """Ten times more requests than the server can serve, then few again: what is served, who waits how long.
 
 Open loop: arrivals are Poisson and do not care whether the server keeps up. The engine's steps take a fixed
-time and no CPU unless --model names a real one. Capacity is measured first, in a closed loop.
+time and no CPU unless --model names a real one. Capacity is measured first, in a closed loop. Goodput counts
+the tokens of answers that were completed: requests differ in length, and a minute has few of them.
 
     python -m benchmarks.overload --seconds 60
 """
@@ -67,7 +68,10 @@ class Load:
         return time.perf_counter() - self.start_s
 
     async def closed(self, seconds: float, concurrency: int) -> float:
-        """Completions a second while `concurrency` clients ask again and again; the second half counts."""
+        """Tokens of completed answers a second while `concurrency` clients ask again and again.
+
+        The second half counts.
+        """
         rng = random.Random(self.seed)
         end_s, num = self.now_s() + seconds, 0
 
@@ -75,7 +79,8 @@ class Load:
             nonlocal num
             while self.now_s() < end_s:
                 answer = await self._ask(rng)
-                num += answer.complete and end_s - seconds / 2 <= answer.end_s < end_s
+                if answer.complete and end_s - seconds / 2 <= answer.end_s < end_s:
+                    num += answer.num_tokens
 
         await asyncio.gather(*(client() for _ in range(concurrency)))
         return num / (seconds / 2)
@@ -178,7 +183,7 @@ class Phase:
     num_asked: int
     num_served: int
     statuses: dict[int, int]
-    ended_per_s: float
+    tokens_per_s: float
     ttft_p50_s: float
     ttft_p99_s: float
     refused_p99_s: float
@@ -186,7 +191,7 @@ class Phase:
 
 def phase(name: str, answers: list[Answer], begin_s: float, end_s: float) -> Phase:
     arrived = [a for a in answers if begin_s <= a.at_s < end_s]
-    ended = sum(a.complete and begin_s <= a.end_s < end_s for a in answers)
+    tokens = sum(a.num_tokens for a in answers if a.complete and begin_s <= a.end_s < end_s)
     waits = sorted(a.ttft_s for a in arrived if a.ttft_s is not None)
     refused = sorted(a.end_s - a.at_s for a in arrived if a.status == 429)
     return Phase(
@@ -195,7 +200,7 @@ def phase(name: str, answers: list[Answer], begin_s: float, end_s: float) -> Pha
         num_asked=len(arrived),
         num_served=sum(a.complete for a in arrived),
         statuses=dict(sorted(Counter(a.status for a in arrived).items())),
-        ended_per_s=ended / (end_s - begin_s),
+        tokens_per_s=tokens / (end_s - begin_s),
         ttft_p50_s=quantile(waits, 0.5),
         ttft_p99_s=quantile(waits, 0.99),
         refused_p99_s=quantile(refused, 0.99),
@@ -210,7 +215,7 @@ def quantile(ordered: list[float], share: float) -> float:
 class Report:
     """`recovery_s`: from the end of the overload until every later wait was normal again (`normal_s`)."""
 
-    capacity_per_s: float
+    capacity_tokens_per_s: float
     phases: tuple[Phase, ...]
     goodput_share: float
     normal_s: float
@@ -238,7 +243,8 @@ async def measure(
     The last phase is what comes `recovery_s` after the overload.
     """
     load, seen = Load(port, model, mean_tokens, seed), Watch()
-    capacity = await load.closed(max(6.0, seconds / 3), concurrency)
+    capacity_tokens = await load.closed(max(8.0, seconds / 2), concurrency)
+    capacity = capacity_tokens / mean_tokens
     load.answers.clear()
     watching = asyncio.create_task(watch(port, pids, seen))
     try:
@@ -260,9 +266,9 @@ async def measure(
     slow = [a.at_s for a in load.answers if a.at_s >= after[0] and (a.ttft_s is None or a.ttft_s > normal)]
     retry = [a.retry_after_s for a in load.answers if a.retry_after_s is not None]
     return Report(
-        capacity_per_s=capacity,
+        capacity_tokens_per_s=capacity_tokens,
         phases=phases,
-        goodput_share=phases[1].ended_per_s / capacity,
+        goodput_share=phases[1].tokens_per_s / capacity_tokens,
         normal_s=normal,
         recovery_s=max(slow, default=after[0]) - after[0],
         retry_after_s=(min(retry, default=0), max(retry, default=0)),
@@ -271,11 +277,11 @@ async def measure(
 
 
 def lines(report: Report) -> Iterator[str]:
-    yield f"capacity {report.capacity_per_s:.1f} requests/s (closed loop)"
-    yield "phase        asked  served  ended/s  TTFT p50    p99   429 answered in p99   statuses"
+    yield f"capacity {report.capacity_tokens_per_s:.0f} tokens/s (closed loop)"
+    yield "phase        asked  served  tokens/s TTFT p50    p99   429 answered in p99   statuses"
     for p in report.phases:
         yield (
-            f"{p.name:11s} {p.num_asked:6d}  {p.num_served:6d}  {p.ended_per_s:7.1f}  {p.ttft_p50_s:8.3f}"
+            f"{p.name:11s} {p.num_asked:6d}  {p.num_served:6d}  {p.tokens_per_s:8.0f} {p.ttft_p50_s:8.3f}"
             f" {p.ttft_p99_s:6.3f}   {p.refused_p99_s:8.3f} s           {p.statuses}"
         )
     seen, over = report.seen, report.phases[1]
