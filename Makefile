@@ -16,7 +16,7 @@ TEST_STAMP := $(VENV)/.xllm-test-setup
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test-setup kernels model serve test lint null reference native integration robustness simulate exactness sanitize bench-ttft bench-serve bench-client bench-overhead bench-overload bench-routing bench-routing-live bench-peers bench-compare bench-rates bench-step bench-perplexity soak freeze clean
+.PHONY: help setup test-setup kernels model serve test lint null reference native integration robustness simulate exactness sanitize bench-ttft bench-serve bench-client bench-overhead bench-overload bench-faults bench-service bench-routing bench-routing-live bench-peers bench-compare bench-rates bench-step bench-perplexity soak freeze clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -108,6 +108,12 @@ bench-routing-live: test-setup kernels model  ## the same comparison against rea
 bench-overhead: setup  ## CPU time of front and engine around a step that computes nothing
 	@$(BIN)/python -m benchmarks.overhead.front
 	@$(BIN)/python -m benchmarks.overhead
+
+bench-faults: test-setup kernels model  ## engines killed and stopped under 32 streams: equal answers, gaps, goodput
+	@$(BIN)/python -m benchmarks.faults --kills 100 --stops 20 $(ARGS)
+
+bench-service: test-setup kernels model  ## what HTTP and the front add to the same engine driven over the wire
+	@$(BIN)/python -m benchmarks.overhead.service $(ARGS)
 
 bench-overload: setup  ## ten times more requests than can be served, for a minute: goodput, waits, recovery
 	@$(BIN)/python -m benchmarks.overload $(ARGS)

@@ -178,13 +178,18 @@ class Dispatch:
         self.num_moves[cause] += 1
         self._queue.wait(ticket.live.request_id, ticket.age, not_before_s=not_before_s)
 
-    def judge(self, request_ids: Sequence[str], cause: DeathCause | None) -> None:
+    def acquit(self, instance: Instance) -> None:
+        """It was suspected and is back: nobody killed it."""
+        self._blame.acquit(instance.name)
+
+    def judge(self, request_ids: Sequence[str], cause: DeathCause | None, instance: Instance) -> None:
         """Let held requests go on, but for those that the death convicts. None = nobody is to blame."""
         for request_id in request_ids:
             ticket = self.tickets.get(request_id)
             if ticket is None or ticket.instance is not None:
                 continue
-            if cause is not None and self._blame.death(request_id, ticket.journal.num_committed, cause):
+            committed = ticket.journal.num_committed
+            if cause is not None and self._blame.death(request_id, committed, cause, instance.name):
                 self.num_quarantined += 1
                 log.error("request %s is quarantined: engines die of it", request_id)
                 message = "engines failed repeatedly while they worked on this request"

@@ -188,6 +188,7 @@ class Guard:
     def _act(self, instance: Instance, finding: Finding) -> None:
         if finding.kind == "ready":
             instance.suspect = False
+            self._moves.acquit(instance)
             log.warning("instance %s is back after a suspicion", instance.name)
             self._tell(instance, finding.reason, finding.quiet_s)
         elif finding.kind == "suspect":
@@ -249,7 +250,7 @@ class Guard:
         if death_after_s is not None:
             self.num_deaths[cause] += 1
             self._tell(instance, cause, death_after_s)
-        self._moves.judge(request_ids, cause)
+        self._moves.judge(request_ids, cause, instance)
 
     def _tell(self, instance: Instance, reason: str, detect_s: float = 0.0) -> None:
         self._observer.on_instance(instance.name, instance.state, reason, detect_s)

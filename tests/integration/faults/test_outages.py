@@ -61,6 +61,7 @@ def test_f9_when_all_engines_die_streams_wait_and_new_requests_are_told(tmp_path
         assert status_of_a_new_request(server)[0] == 200
 
 
+@pytest.mark.robustness
 def test_f25_a_client_that_stalls_and_reads_on_gets_everything(tmp_path: Path) -> None:
     long = body("stall", max_tokens=1900, logprobs=5, n=8, temperature=0.7)
     with lab(tmp_path, instances=1, stream_buffer_tokens=64) as server:

@@ -17,7 +17,7 @@ from xllm.cli.main import main
 from xllm.testing.otlp_receiver import OtlpReceiver
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
-NUM_TOKENS = 60
+NUM_TOKENS = 150
 HEADERS = {"traceparent": f"00-{TRACE}-{SPAN}-01", "x-request-id": "moved-1", "x-xllm-explain": "1"}
 
 
@@ -36,7 +36,7 @@ def pid_of(url: str, request_id: str) -> int:
     return int(instance["pid"])
 
 
-def stream_and_kill(url: str) -> tuple[list[int], dict[str, Any]]:
+def stream_and_kill(url: str, receiver: OtlpReceiver) -> tuple[list[int], dict[str, Any]]:
     """The tokens of a stream whose engine is killed in its middle, and what the last chunk explains."""
     tokens: list[int] = []
     explained: dict[str, Any] = {}
@@ -51,6 +51,8 @@ def stream_and_kill(url: str) -> tuple[list[int], dict[str, Any]]:
             before = len(tokens)
             tokens += [t for choice in chunk["choices"] for t in choice.get("token_ids", ())]
             if before < 10 <= len(tokens):
+                # What an engine has not exported dies with it: its prefill must have left first.
+                receiver.wait_for(lambda spans: any(s.name == "engine prefill" for s in spans))
                 os.kill(pid_of(url, "moved-1"), signal.SIGKILL)
     return tokens, explained
 
@@ -59,7 +61,7 @@ def test_a_failover_is_one_trace_and_one_explanation(
     receiver: OtlpReceiver, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with lab(tmp_path, instances=2, pace_ms=20.0, otlp_endpoint=receiver.endpoint) as server:
-        tokens, explained = stream_and_kill(server.base_url)
+        tokens, explained = stream_and_kill(server.base_url, receiver)
         assert main(["explain", "moved-1", "--base-url", server.base_url]) == 0
         metrics = server.metrics()
     assert len(tokens) == NUM_TOKENS

@@ -38,7 +38,7 @@ def test_only_deaths_without_progress_between_them_add_up(
     deaths: list[tuple[DeathCause, int]], convicted: bool
 ) -> None:
     blame = Blame()
-    verdicts = [blame.death("r", committed, cause) for cause, committed in deaths]
+    verdicts = [blame.death("r", committed, cause, "a") for cause, committed in deaths]
     assert verdicts[-1] is convicted
     assert not any(verdicts[:-1])
 
@@ -46,8 +46,8 @@ def test_only_deaths_without_progress_between_them_add_up(
 def test_one_death_by_its_own_doing_puts_a_request_at_risk_until_it_gets_on() -> None:
     blame = Blame()
     assert not blame.at_risk("r", 0)
-    blame.death("r", 3, "crash")
-    blame.death("other", 3, "killed")
+    blame.death("r", 3, "crash", "a")
+    blame.death("other", 3, "killed", "a")
     assert blame.at_risk("r", 3)
     assert not blame.at_risk("r", 4)
     assert not blame.at_risk("other", 3)
@@ -55,6 +55,18 @@ def test_one_death_by_its_own_doing_puts_a_request_at_risk_until_it_gets_on() ->
     blame.forget("nobody")
     assert not blame.at_risk("r", 3)
     assert len(blame) == 1
+
+
+def test_a_suspect_that_comes_back_charges_nobody() -> None:
+    blame = Blame()
+    blame.death("r", 3, "hang", "a")
+    blame.death("s", 3, "crash", "b")
+    blame.acquit("a")
+    assert not blame.at_risk("r", 3)
+    assert blame.at_risk("s", 3)
+    assert len(blame) == 1
+    assert not blame.death("r", 3, "hang", "a")
+    assert blame.death("s", 3, "hang", "a")
 
 
 def test_an_unknown_word_is_an_unknown_cause() -> None:

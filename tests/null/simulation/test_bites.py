@@ -130,8 +130,8 @@ def test_an_index_that_keeps_the_dead(monkeypatch: Patch) -> None:
 def test_a_request_that_is_forgotten_on_its_second_move(monkeypatch: Patch) -> None:
     judge = Dispatch.judge
 
-    def forgetful(self: Dispatch, request_ids: Any, cause: Any) -> None:
-        judge(self, [r for r in request_ids if r in self.tickets and self.tickets[r].num_moves < 2], cause)
+    def forgetful(self: Dispatch, request_ids: Any, *more: Any) -> None:
+        judge(self, [r for r in request_ids if r in self.tickets and self.tickets[r].num_moves < 2], *more)
 
     monkeypatch.setattr(Dispatch, "judge", forgetful)
     assert "never ended" in caught(zombies)[1]

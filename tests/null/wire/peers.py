@@ -86,12 +86,17 @@ async def join(server: InstanceServer) -> FrontEnd:
 
 
 class RawPeer:
-    """A blocking socket to an instance."""
+    """A blocking socket to an instance; given one, the test says when to `connect`."""
 
-    def __init__(self, address: tuple[str, int]) -> None:
-        self.sock = socket.create_connection(address, timeout=20.0)
+    def __init__(self, address: tuple[str, int], sock: socket.socket | None = None) -> None:
+        self._address = address
+        self.sock = sock or socket.create_connection(address, timeout=20.0)
         self._splitter = FrameSplitter()
         self._bodies: list[bytes] = []
+
+    def connect(self) -> None:
+        self.sock.settimeout(20.0)
+        self.sock.connect(self._address)
 
     def send(self, data: bytes) -> None:
         self.sock.sendall(data)

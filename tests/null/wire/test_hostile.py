@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import resource
 import socket
 import struct
 import threading
@@ -262,3 +264,27 @@ async def test_what_the_step_thread_has_not_taken_is_bounded(gate: threading.Eve
     await front.stream.close()
     server.stop()
     assert await asyncio.to_thread(server.wait, 20.0) == 0
+
+
+async def test_without_descriptors_nobody_new_is_let_in_until_there_are_some_again(
+    server: InstanceServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    front = await join(server)
+    peer = RawPeer(server.address, socket.socket())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fill = [os.dup(0)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:  # until every number below the limit is taken
+                fill.append(os.dup(0))
+        peer.connect()
+        await until(lambda: "cannot accept" in caplog.text)
+        await works(front, "meanwhile")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in fill:
+            os.close(fd)
+    assert (await asyncio.to_thread(peer.hello))[0].role == "instance"
+    peer.close()
+    await front.stream.close()

@@ -63,7 +63,7 @@ class NativePlatform:
 
     def over(self, shared: SharedPages) -> NativePlatform:
         """The same platform, with its KV pages in memory that outlives the process."""
-        return NativePlatform(shared)
+        return type(self)(shared)
 
     def why_not(self, config: EngineConfig, arch: ArchConfig) -> tuple[str, ...]:
         reasons = []

@@ -23,7 +23,7 @@ class NullPlatform:
 
     def over(self, shared: SharedPages) -> NullPlatform:
         """The same platform, with its tokens in memory that outlives the process."""
-        return NullPlatform(shared)
+        return type(self)(shared)
 
     def why_not(self, config: EngineConfig, arch: ArchConfig) -> tuple[str, ...]:
         return ()

@@ -31,28 +31,43 @@ def known_cause(word: object) -> DeathCause:
 
 
 class Blame:
-    """Scores of requests that have seen a death. Whoever ends a request must `forget` it."""
+    """What each request that has seen a death is charged with. Whoever ends a request must `forget` it.
+
+    A charge names the instance, so that a suspect which comes back takes its charges with it: nothing died.
+    """
 
     def __init__(self) -> None:
-        self._scores: dict[str, tuple[int, float]] = {}
+        self._charges: dict[str, tuple[int, list[tuple[str, float]]]] = {}
 
-    def death(self, request_id: str, num_committed: int, cause: DeathCause) -> bool:
+    def death(self, request_id: str, num_committed: int, cause: DeathCause, instance: str) -> bool:
         """Count a death of the request's engine; True = quarantine it now."""
-        committed, score = self._scores.get(request_id, (num_committed, 0.0))
-        score = _WEIGHT[cause] + (score if committed == num_committed else 0.0)
-        self._scores[request_id] = (num_committed, score)
-        return score >= QUARANTINE_AT
+        committed, charges = self._charges.get(request_id, (num_committed, []))
+        charges = charges if committed == num_committed else []
+        charges.append((instance, _WEIGHT[cause]))
+        self._charges[request_id] = (num_committed, charges)
+        return self._score(request_id) >= QUARANTINE_AT
+
+    def acquit(self, instance: str) -> None:
+        """The instance was only suspected and is back. Verdicts that were passed meanwhile stand."""
+        for request_id, (_, charges) in tuple(self._charges.items()):
+            charges[:] = [charge for charge in charges if charge[0] != instance]
+            if not charges:
+                del self._charges[request_id]
 
     def at_risk(self, request_id: str, num_committed: int) -> bool:
         """One more crash would quarantine it: no two such requests may be tried on one engine at once.
 
         Else the guilty one would take the others with it, which have had no time for a token.
         """
-        committed, score = self._scores.get(request_id, (num_committed, 0.0))
-        return committed == num_committed and score >= QUARANTINE_AT - _WEIGHT["crash"]
+        committed, _ = self._charges.get(request_id, (num_committed, []))
+        return committed == num_committed and self._score(request_id) >= QUARANTINE_AT - _WEIGHT["crash"]
 
     def forget(self, request_id: str) -> None:
-        self._scores.pop(request_id, None)
+        self._charges.pop(request_id, None)
 
     def __len__(self) -> int:
-        return len(self._scores)
+        return len(self._charges)
+
+    def _score(self, request_id: str) -> float:
+        _, charges = self._charges.get(request_id, (0, []))
+        return sum(weight for _, weight in charges)
