@@ -19,6 +19,7 @@ from xllm.cli.serving import SECTIONS, Running, running
 from xllm.cli.settings import add_settings, load_settings
 from xllm.cli.watching import begin_logging
 from xllm.config.load import Loaded
+from xllm.errors import ConfigError
 from xllm.heap import settle
 from xllm.observability.logs import say
 from xllm.version import __version__
@@ -96,6 +97,10 @@ class _Life:
 
 
 async def _roll(server: Running) -> None:
+    try:
+        server.http.reload_certificate()
+    except ConfigError as error:
+        log.error("the certificate stays as it is: %s", error.message)  # noqa: TRY400  its text says all
     say("restarting the engines one by one")
     try:
         await server.service.rolling_restart()

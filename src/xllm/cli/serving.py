@@ -37,6 +37,7 @@ class Running:
     base_url: str
     card: ModelCard
     service: LocalService
+    http: HttpServer
 
 
 @asynccontextmanager
@@ -79,6 +80,7 @@ async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> Async
                 base_url(server_config.host, server.port, tls=bool(server_config.ssl_certfile)),
                 engine.card,
                 service,
+                server,
             )
         finally:
             await server.drain(service.front, front_config.shutdown_timeout_s)
