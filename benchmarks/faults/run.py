@@ -84,6 +84,8 @@ async def under_faults(
                 happened_s = await asyncio.to_thread(inject, rng)
                 if happened_s is not None:
                     outcome.faults_s.append(happened_s)
+                if len(outcome.faults_s) % 10 == 0:
+                    print(f"{len(outcome.faults_s)} faults, {outcome.num_answers} answers", flush=True)
                 await asyncio.sleep(rng.random() * pause_s)
             await asyncio.sleep(settle_s)
         finally:

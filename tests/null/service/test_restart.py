@@ -37,6 +37,18 @@ def test_a_minute_of_health_begins_the_row_anew() -> None:
     assert restarts.died(101.0 + HEALTHY_S) == 1
 
 
+def test_engines_that_served_and_are_killed_from_outside_come_back_at_once_every_time() -> None:
+    restarts = Restarts()
+    for now_s in range(20):
+        restarts.serving(float(now_s))
+        assert restarts.died(now_s + 0.5, "killed") == 0.0
+    restarts.serving(30.0)
+    assert restarts.died(30.5, "hang") == 0.0
+    restarts.serving(31.0)
+    assert restarts.died(31.5, "hang") > 0.0
+    assert restarts.died(32.0, "killed") > 0.0  # it never came to serve
+
+
 def test_a_start_that_fails_is_no_health_however_long_it_took() -> None:
     restarts = Restarts()
     restarts.serving(0.0)

@@ -32,6 +32,7 @@ class FakeProcess:
         self.max_reqs = 8
         self.pulses = True
         self.incarnation = "life"
+        self.silent = False
         self.report = ()
         self.exit_code: int | None = None
         FakeProcess.next_pid += 1

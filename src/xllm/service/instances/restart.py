@@ -30,9 +30,15 @@ class Restarts:
         """The engine has loaded, proved itself and takes requests."""
         self._serving_since_s = now_s
 
-    def died(self, now_s: float) -> float:
-        """Seconds to wait before the next start. A start that failed is a death, too."""
+    def died(self, now_s: float, cause: DeathCause = "unknown") -> float:
+        """Seconds to wait before the next start. A start that failed is a death, too.
+
+        An engine that served and was killed from outside is no loop: whoever kills it knows why.
+        """
         since_s, self._serving_since_s = self._serving_since_s, None
+        if since_s is not None and cause == "killed":
+            self.num_deaths += 1
+            return 0.0
         if since_s is not None and now_s - since_s >= HEALTHY_S:
             self._in_a_row = 0
         delay_s = DELAYS_S[min(self._in_a_row, len(DELAYS_S) - 1)]

@@ -15,12 +15,13 @@ from typing import Protocol
 from xllm.clock import Clock
 from xllm.config import EngineConfig, FrontConfig
 from xllm.errors import XllmError
+from xllm.service.failover.blame import DeathCause
 from xllm.service.instances.about import InstanceAbout
 from xllm.service.instances.canary import Canaries, ask
 from xllm.service.instances.instance import CauseOf
 from xllm.service.instances.local import LocalEngine
 from xllm.service.instances.pages import SlotPages
-from xllm.service.instances.restart import Restarts
+from xllm.service.instances.restart import Restarts, cause_of_death
 from xllm.types import ModelCard
 from xllm.wire.stream import EngineStream
 
@@ -161,14 +162,16 @@ class Supervisor:
             await slot.down.wait()
             slot.up.clear()
             engine, planned, slot.planned = slot.engine, slot.planned, False
+            cause: DeathCause = "unknown"
             if engine is not None:
                 code = await engine.terminate()
+                cause = cause_of_death(code, stopped=False, silent=engine.silent)
                 if not planned:
                     log.error(
                         "%s (process %d) ended with code %d; starting it again", slot.name, engine.pid, code
                     )
             if not planned:
-                await self._sleep(slot.restarts.died(self._clock.monotonic_s()))
+                await self._sleep(slot.restarts.died(self._clock.monotonic_s(), cause))
 
     async def _try(self, slot: Slot) -> bool:
         try:
