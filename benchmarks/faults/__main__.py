@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.compare import machine
 from benchmarks.faults import faults
 from benchmarks.faults.report import summary
-from benchmarks.faults.run import golden, killer, stopper, under_faults
+from benchmarks.faults.run import ENVIRONMENT, golden, killer, stopper, under_faults
 from benchmarks.faults.streams import bodies
 from xllm.testing.server_process import serve
 
@@ -38,7 +38,7 @@ def main() -> int:
     flags = ("--max-model-len", "1024", "--instances", f"mixed:{args.instances}", "--log-level", "warning")
     result: dict[str, object] = {"machine": machine.describe(), "command": shlex.join(sys.argv[1:])}
     ok = True
-    with serve(args.model, *flags) as server:
+    with serve(args.model, *flags, env=ENVIRONMENT) as server:
         faults.wait_ready(server.base_url, args.instances)
         asked = bodies(args.model, 48, args.seed)
         wanted = asyncio.run(golden(server.base_url, asked))

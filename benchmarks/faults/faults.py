@@ -47,6 +47,15 @@ def wait_ready(base_url: str, count: int, timeout_s: float = 120.0) -> list[Engi
     return found
 
 
+def wait_noticed(base_url: str, engine: EngineSeen, timeout_s: float = 30.0) -> None:
+    """Until the front no longer counts on this process; raises FaultDidNotHappenError if it goes on to."""
+    end_s = time.monotonic() + timeout_s
+    while any(e.pid == engine.pid for e in ready(base_url)):
+        if time.monotonic() > end_s:
+            raise FaultDidNotHappenError(f"{engine} is dead and still counts as ready")
+        time.sleep(0.002)
+
+
 def kill(engine: EngineSeen, timeout_s: float = 10.0) -> float:
     """SIGKILL; the moment it was sent. Raises FaultDidNotHappenError unless the process is gone."""
     sent_s = time.monotonic()

@@ -32,6 +32,8 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "faults": len(outcome.faults_s),
         "seconds": round(outcome.ended_s - outcome.began_s, 1),
         "pieces_per_s_median": round(typical, 1),
+        "noticed_ms_p50": round(percentile(outcome.noticed_s, 0.5) * 1000),
+        "noticed_ms_p99": round(percentile(outcome.noticed_s, 0.99) * 1000),
         "longest_gap_ms_p50": round(percentile(hit, 0.5) * 1000),
         "longest_gap_ms_p99": round(percentile(hit, 0.99) * 1000),
         "longest_gap_ms_max": round(max(hit, default=0.0) * 1000),

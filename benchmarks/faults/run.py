@@ -6,6 +6,7 @@ The same for the tests (which assert on `Outcome`) and the benchmark (which prin
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
 from collections.abc import Callable
@@ -17,8 +18,11 @@ import httpx
 from benchmarks.faults import faults
 from benchmarks.faults.streams import Answer, BrokenStreamError, ask
 
-Inject = Callable[[random.Random], float | None]
-"""Does one fault and returns when; None = not now. Runs in a thread."""
+Inject = Callable[[random.Random], tuple[float, float] | None]
+"""Does one fault; (when, seconds until the front knew). None = not now. Runs in a thread."""
+
+ENVIRONMENT = {**os.environ, "XLLM_MAX_QUEUE_DELAY_S": "0"}
+"""For servers under faults: all streams are to be let in, however slow a machine with half its engines is."""
 
 
 @dataclass(slots=True)
@@ -29,6 +33,7 @@ class Outcome:
     broken: list[str] = field(default_factory=list)
     different: list[tuple[dict[str, Any], tuple[Any, ...], tuple[Any, ...]]] = field(default_factory=list)
     faults_s: list[float] = field(default_factory=list)
+    noticed_s: list[float] = field(default_factory=list)
     gaps_s: list[float] = field(default_factory=list)
     token_times_s: list[float] = field(default_factory=list)
     began_s: float = 0.0
@@ -81,9 +86,10 @@ async def under_faults(
         try:
             await asyncio.sleep(settle_s)
             while len(outcome.faults_s) < num_faults:
-                happened_s = await asyncio.to_thread(inject, rng)
-                if happened_s is not None:
-                    outcome.faults_s.append(happened_s)
+                happened = await asyncio.to_thread(inject, rng)
+                if happened is not None:
+                    outcome.faults_s.append(happened[0])
+                    outcome.noticed_s.append(happened[1])
                 if len(outcome.faults_s) % 10 == 0:
                     print(f"{len(outcome.faults_s)} faults, {outcome.num_answers} answers", flush=True)
                 await asyncio.sleep(rng.random() * pause_s)
@@ -119,9 +125,14 @@ async def _worker(
 def killer(base_url: str, min_ready: int = 2) -> Inject:
     """SIGKILL to a random ready engine, while at least `min_ready` are."""
 
-    def inject(rng: random.Random) -> float | None:
+    def inject(rng: random.Random) -> tuple[float, float] | None:
         found = faults.ready(base_url)
-        return faults.kill(rng.choice(found)) if len(found) >= min_ready else None
+        if len(found) < min_ready:
+            return None
+        victim = rng.choice(found)
+        killed_s = faults.kill(victim)
+        faults.wait_noticed(base_url, victim)
+        return killed_s, time.monotonic() - killed_s
 
     return inject
 
@@ -129,15 +140,17 @@ def killer(base_url: str, min_ready: int = 2) -> Inject:
 def stopper(base_url: str, seconds: float, min_ready: int = 2) -> Inject:
     """SIGSTOP to a random ready engine, SIGCONT after `seconds`: the zombie comes back with what it had."""
 
-    def inject(rng: random.Random) -> float | None:
+    def inject(rng: random.Random) -> tuple[float, float] | None:
         found = faults.ready(base_url)
         if len(found) < min_ready:
             return None
         victim = rng.choice(found)
         stopped_s = faults.stop(victim)
-        time.sleep(seconds)
+        faults.wait_noticed(base_url, victim)
+        noticed_s = time.monotonic() - stopped_s
+        time.sleep(max(0.0, seconds - noticed_s))
         faults.carry_on(victim)
-        return stopped_s
+        return stopped_s, noticed_s
 
     return inject
 

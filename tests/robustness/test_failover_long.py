@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.faults import faults
 from benchmarks.faults.report import summary
-from benchmarks.faults.run import golden, killer, stopper, under_faults
+from benchmarks.faults.run import ENVIRONMENT, golden, killer, stopper, under_faults
 from benchmarks.faults.streams import WORDS, bodies
 from xllm.testing.server_process import ServerProcess, serve
 
@@ -24,7 +24,7 @@ FLAGS = ("--max-model-len", "1024", "--num-pages", "400", "--instances", "mixed:
 @pytest.mark.parametrize(("kind", "count"), [("kill", 100), ("stop", 20)])
 def test_faults_at_random_moments_change_no_answer(smollm2: str, kind: str, count: int) -> None:
     asked = bodies(smollm2, 48, 7)
-    with serve(smollm2, *FLAGS) as server:
+    with serve(smollm2, *FLAGS, env=ENVIRONMENT) as server:
         faults.wait_ready(server.base_url, 3)
         wanted = asyncio.run(golden(server.base_url, asked))
         inject = killer(server.base_url) if kind == "kill" else stopper(server.base_url, 4.0)

@@ -12,17 +12,18 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks.faults import faults
-from benchmarks.faults.run import golden, killer, stopper, under_faults
+from benchmarks.faults.run import ENVIRONMENT, golden, killer, stopper, under_faults
 from benchmarks.faults.streams import Answer, bodies
 from xllm.testing.server_process import ServerProcess, serve
 
 NUM_STREAMS = 32
+FLAGS = ("--max-model-len", "1024", "--num-pages", "400", "--instances", "mixed:3")
 BODIES = bodies("smollm2", 36, 1, max_tokens=96)
 
 
 @pytest.fixture(scope="module")
 def server(smollm2: str) -> Iterator[ServerProcess]:
-    with serve(smollm2, "--max-model-len", "1024", "--num-pages", "400", "--instances", "mixed:3") as process:
+    with serve(smollm2, *FLAGS, env=ENVIRONMENT) as process:
         faults.wait_ready(process.base_url, 3)
         yield process
 
