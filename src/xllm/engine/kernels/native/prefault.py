@@ -1,4 +1,4 @@
-"""Memory that is touched shortly before it is needed, by a thread of its own at the lowest priority.
+"""Memory that is touched shortly before it is needed, by a thread of its own that rests a lot.
 
 The first touch of a fresh KV page costs a step about a millisecond, since the kernel has to find and clear
 the memory. Touching all of it at start would delay readiness by seconds and take memory that may never be
@@ -8,8 +8,8 @@ used, so a margin is kept ahead of the highest byte in use. What must not live h
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
+import time
 from typing import Any
 
 import numpy.typing as npt
@@ -23,7 +23,12 @@ _ALIGN = 4096
 _HUGEPAGE = 14
 _POPULATE_WRITE = 23
 """MADV_POPULATE_WRITE, Linux 5.14: faults for writing and keeps what is there, so it may race with a step."""
-_LOWEST_PRIORITY = 19
+_REST = 3.0
+"""Rests this many times as long as it worked, so that a step which shares its core loses little.
+
+It does not lower its priority instead: when the process is killed, its connections close only after its
+last thread has run, and on busy cores a thread of the lowest priority waited for that up to 4.7 s.
+"""
 
 
 class Prefault:
@@ -80,16 +85,17 @@ class Prefault:
         return int(self._madvise(address, ctypes.c_size_t(count), advice)) == 0 or advice == _HUGEPAGE
 
     def _work(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         able = True
         while able and not self._closed:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._touched < self._wanted)
             count = min(_CHUNK_BYTES, self._wanted - self._touched)
+            began_s = time.monotonic()
             able = self._closed or self._advise(self._touched, count, _POPULATE_WRITE)
             with self._changed:
                 self._touched += count if able else 0
                 self._changed.notify_all()
+            time.sleep(_REST * (time.monotonic() - began_s))
         with self._changed:
             self._closed = True
             self._changed.notify_all()
