@@ -49,7 +49,14 @@ async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> Async
         loaded.build(FrontConfig),
         loaded.build(ServerConfig),
     )
-    num_engines = sum(parse_instances(loaded.build(ClusterConfig).instances).values())
+    cluster_config = loaded.build(ClusterConfig)
+    num_engines = sum(parse_instances(cluster_config.instances).values())
+    if cluster_config.registry != ClusterConfig().registry:
+        raise ConfigError(
+            "xllm serve starts its own engines and asks no registry; use xllm instance for engines and "
+            "xllm service for the front",
+            param="registry",
+        )
     if not engine_config.model.model:
         raise ConfigError("name a model, e.g. xllm serve smollm2 (xllm list shows more)")
     for line in (*loaded.notes, *sources_lines(loaded.values, loaded.sources)):
