@@ -123,7 +123,10 @@ def _error_deserved(outcome: Outcome, record: Record) -> bool:
         case "queue_full":
             return record.may_be_full
         case "request_quarantined":
-            return record.timeline.blame >= QUARANTINE_AT
+            # Whoever shared an engine with a request that kills may have seen that crash: nobody can tell them
+            # apart by it, so one other failure without a token in between is the second.
+            crash = 1.0 if any(o.request.is_poison for o in record.outcomes) else 0.0
+            return record.timeline.blame + crash >= QUARANTINE_AT
         case "no_healthy_instance":
             # It must have waited for the whole grace, and nobody may have been there for long meanwhile.
             start_s = ended_s - record.recovery_grace_s
