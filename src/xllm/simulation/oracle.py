@@ -123,8 +123,8 @@ def _error_deserved(outcome: Outcome, record: Record) -> bool:
         case "queue_full":
             return record.may_be_full
         case "request_quarantined":
-            # Whoever shared an engine with a request that kills may have seen that crash: nobody can tell them
-            # apart by it, so one other failure without a token in between is the second.
+            # Whoever shared an engine with a request that kills may have seen that crash: nobody can tell
+            # them apart by it, so one other failure without a token in between is the second.
             crash = 1.0 if any(o.request.is_poison for o in record.outcomes) else 0.0
             return record.timeline.blame + crash >= QUARANTINE_AT
         case "no_healthy_instance":
