@@ -34,9 +34,9 @@ def _pytest(folder: str, *extra: str) -> tuple[str, ...]:
 BIN = Path(sys.executable).parent
 
 STAGES = (
-    Stage(name="ruff", budget_s=5, command=(str(BIN / "ruff"), "check", ".")),
-    Stage(name="mypy", budget_s=30, command=(str(BIN / "mypy"),)),
-    Stage(name="contracts", budget_s=5, command=(str(BIN / "lint-imports"), "--verbose")),
+    Stage(name="ruff", budget_s=3, command=(str(BIN / "ruff"), "check", ".")),
+    Stage(name="mypy", budget_s=35, command=(str(BIN / "mypy"),)),
+    Stage(name="contracts", budget_s=2, command=(str(BIN / "lint-imports"), "--verbose")),
     # Two workers: these tests are single-threaded Python. The other stages own both cores themselves.
     Stage(name="null", budget_s=80, command=_pytest("null", "-n", "2")),
     Stage(name="reference", budget_s=140, command=_pytest("reference")),
