@@ -21,10 +21,11 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def summary(outcome: Outcome) -> dict[str, Any]:
-    hit = gaps_with_faults(outcome)
+    # With more faults than streams nearly every stream saw one.
+    hit = outcome.gaps_s
     rates = window_rates(outcome)
     typical = statistics.median(rates) if rates else 0.0
-    dips = [dip_s(outcome, at_s, typical) for at_s in outcome.faults_s]
+    dips = [dip_s(rates, at_s - outcome.began_s, typical) for at_s in outcome.faults_s]
     return {
         "answers": outcome.num_answers,
         "broken": len(outcome.broken),
@@ -42,11 +43,6 @@ def summary(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def gaps_with_faults(outcome: Outcome) -> list[float]:
-    """The longest gap of each stream; with more faults than streams nearly all of them saw one."""
-    return outcome.gaps_s
-
-
 def window_rates(outcome: Outcome) -> list[float]:
     """Pieces of output a second, in windows of WINDOW_S over the whole run."""
     num = int((outcome.ended_s - outcome.began_s) / WINDOW_S)
@@ -58,9 +54,8 @@ def window_rates(outcome: Outcome) -> list[float]:
     return [count / WINDOW_S for count in counts]
 
 
-def dip_s(outcome: Outcome, fault_s: float, typical: float) -> float:
-    """For how long after a fault the output stood below half of what is typical."""
-    rates = window_rates(outcome)
-    first = int((fault_s - outcome.began_s) / WINDOW_S)
+def dip_s(rates: list[float], fault_s: float, typical: float) -> float:
+    """For how long after a fault, so long after the start, the output stood below half of what is typical."""
+    first = int(fault_s / WINDOW_S)
     after = rates[first : first + int(AROUND_S / WINDOW_S)]
     return WINDOW_S * sum(1 for rate in after if rate < typical / 2)
