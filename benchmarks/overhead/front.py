@@ -13,6 +13,8 @@ import asyncio
 import json
 import time
 
+from msgspec import structs
+
 from xllm.api.app import create_app
 from xllm.api.http.connection import Connection
 from xllm.api.http.limits import HttpLimits
@@ -20,6 +22,7 @@ from xllm.api.metrics import Metrics
 from xllm.clock import SystemClock
 from xllm.config import FrontConfig, ServerConfig
 from xllm.service.front import Front
+from xllm.service.watch.desk import WatchDesk
 from xllm.testing.fake_engine import SampleEngine, sample_card
 from xllm.testing.tiny_tokenizer import tiny_assets
 from xllm.types import EngineSnapshot
@@ -35,6 +38,8 @@ class CountingTransport(asyncio.Transport):
         self.num_writes = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
+        if self.num_writes == 0 and not bytes(data).startswith(b"HTTP/1.1 200"):
+            raise SystemExit(f"a stream was refused: {bytes(data)!r}")
         self.num_writes += 1
 
     def is_closing(self) -> bool:
@@ -74,9 +79,13 @@ def post(path: str, body: dict[str, object]) -> bytes:
 async def measure(num_streams: int, num_steps: int, *, chat: bool) -> float:
     """Best microseconds a token."""
     assets = tiny_assets(512)
-    engine = SampleEngine(sample_card(assets, max_model_len=4096), assets, auto=False)
+    card = structs.replace(sample_card(assets, max_model_len=4096), num_pages=100 * num_streams)
+    engine = SampleEngine(card, assets, auto=False)
     metrics = Metrics()
-    front = Front(FrontConfig(), None, SystemClock(), observer=metrics)
+    desk = WatchDesk(SystemClock(), metrics)
+    # No prediction may refuse: nothing is computed here, so there is no rate to predict from.
+    config = FrontConfig(max_queue_delay_s=0)
+    front = Front(config, None, SystemClock(), observer=desk.observer)
     instance = await front.add_instance(engine.stream, engine.card, name="engine-0")
     app = create_app(front, ServerConfig(), clock=SystemClock(), metrics=metrics)
     limits = HttpLimits.from_config(ServerConfig())

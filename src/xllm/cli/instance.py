@@ -24,6 +24,7 @@ from xllm.config.report import sources_lines
 from xllm.engine.build import BuiltEngine, build_engine
 from xllm.engine.platform.host import bind_to_cpus
 from xllm.engine.server import InstanceServer
+from xllm.engine.time_slice import ask_long_slice, ask_usual_slice
 from xllm.errors import ConfigError
 from xllm.heap import settle
 from xllm.observability.logs import say
@@ -81,7 +82,9 @@ def _load(config: EngineConfig) -> BuiltEngine:
     env.become_engine()
     clock = SystemClock()
     bound = bind_to_cpus(config.platform.cpus)
+    ask_long_slice()  # for the kernels' threads, which are made here
     engine = build_engine(config, clock, lambda stage, seconds: say(f"  {seconds:7.2f} s  {stage}"))
+    ask_usual_slice()
     settle()
     report = engine.report if bound is None else (bound, *engine.report)
     for line in report:

@@ -22,6 +22,7 @@ from xllm.engine.build import BuiltEngine, build_here, ready_of
 from xllm.engine.hub import Hub
 from xllm.engine.loop import EngineLoop
 from xllm.engine.session import Session
+from xllm.engine.time_slice import ask_long_slice
 from xllm.engine.tracing import RequestTracer
 from xllm.errors import ErrorInfo, XllmError
 from xllm.heap import settle
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     hub = Hub(None, SystemClock())
     session = hub.adopt(socket.socket(fileno=args.fd))
     hub.start()
+    ask_long_slice()  # the I/O thread has started and keeps the usual one: it answers fronts
     try:
         return _serve(hub, session, args.pages_fd, args.log_level)
     finally:

@@ -17,6 +17,7 @@ from xllm.engine.build import BuiltEngine, ready_of
 from xllm.engine.hub import Hub
 from xllm.engine.link import LinkCounters, LinkLimits
 from xllm.engine.loop import EngineLoop
+from xllm.engine.time_slice import ask_long_slice
 from xllm.engine.tracing import RequestTracer
 from xllm.errors import ConfigError
 from xllm.types import EngineSnapshot
@@ -97,6 +98,7 @@ class InstanceServer:
         return int(self._failed)
 
     def _run(self) -> None:
+        ask_long_slice()
         try:
             self._loop.run()
         except Exception:
