@@ -39,7 +39,7 @@ def _ask(slice_ns: int) -> bool:
     if calls is None:
         return False
     wish = _SCHED_ATTR.pack(_SCHED_ATTR.size, 0, 0, 0, 0, slice_ns, 0, 0, 0, 0)
-    return ctypes.CDLL(None).syscall(calls[0], 0, ctypes.c_char_p(wish), 0) == 0
+    return bool(ctypes.CDLL(None).syscall(calls[0], 0, ctypes.c_char_p(wish), 0) == 0)
 
 
 def granted_slice_ns() -> int | None:
