@@ -65,6 +65,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
+Phase = Literal["encode", "prefill", "decode"]
+"""What an instance does for a request. A role is a set of them."""
+
+PREFILL: frozenset[Phase] = frozenset({"prefill"})
+DECODE: frozenset[Phase] = frozenset({"decode"})
+MIXED: frozenset[Phase] = PREFILL | DECODE
+
+
 class TokenSegment(msgspec.Struct, frozen=True, tag="tokens"):
     """A run of prompt tokens."""
 

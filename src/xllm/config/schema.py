@@ -92,6 +92,18 @@ class ObservabilityConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TransferConfig:
+    """How an engine exchanges KV pages with its peers."""
+
+    transfer: Literal["auto", "shm", "tcp", "mooncake", "off"] = option(
+        "auto", "way of KV pages between engines; auto = shm on one machine, else tcp", has_flag=False
+    )
+    transfer_listen: str = option(
+        "127.0.0.1:0", "address on which KV pages are taken over tcp", has_flag=False
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """All that an engine process needs; it crosses the wire in `Start`."""
 
@@ -100,6 +112,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = SchedulerConfig()
     platform: PlatformConfig = PlatformConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
+    transfer: TransferConfig = TransferConfig()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +154,17 @@ class FrontConfig:
         30.0, "seconds running requests wait for an instance when none is left", has_flag=False
     )
     max_resumes: int = option(8, "requests that one instance takes over at a time", has_flag=False)
+    transfer_mode: Literal["push", "pull"] = option(
+        "push",
+        "who moves KV pages at a hand-over: the engine that has them, or the one that needs them",
+        has_flag=False,
+    )
+    role_control: Literal["static", "adaptive"] = option(
+        "static", "static: roles stay as started; adaptive: they follow the load", has_flag=False
+    )
+    role_period_s: float = option(1.0, "seconds between two looks at the roles", has_flag=False)
+    slo_ttft_ms: float = option(1000.0, "time to first token that roles are controlled for", has_flag=False)
+    slo_tpot_ms: float = option(100.0, "time per further token that roles are controlled for", has_flag=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

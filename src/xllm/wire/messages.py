@@ -48,9 +48,11 @@ class Attach(msgspec.Struct, frozen=True, kw_only=True, tag="attach"):
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
-    """Front → engine: become this engine."""
+    """Front → engine: become this engine. `peer_key` is what engines of this front prove to each other before
+    they exchange pages; never logged."""
 
     config: EngineConfig
+    peer_key: bytes = b""
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
@@ -74,6 +76,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     max_reqs: int | None = None
     phases: tuple[str, ...] = ("prefill", "decode")
     incarnation: str = ""
+    endpoints: tuple[str, ...] = ()
+    """Where peers bring or fetch KV pages, best first (`unix:…`, `tcp:host:port`); empty = nowhere."""
 
 
 class StartFailed(msgspec.Struct, frozen=True, kw_only=True, tag="start_failed"):
@@ -92,7 +96,62 @@ class Asset(msgspec.Struct, frozen=True, kw_only=True, tag="asset"):
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
+    """`transfer_id`: the KV of this request's sequences arrives, or has arrived, under that name; where it
+    does not, they are computed. `sources`: endpoints to pull it from, best first; empty = it is pushed.
+    """
+
     spec: RequestSpec
+    transfer_id: str = ""
+    sources: tuple[str, ...] = ()
+
+
+class Fetch(msgspec.Struct, frozen=True, kw_only=True, tag="fetch"):
+    """Front → engine, before the Submit that names the same `transfer_id`: pull the cached pages of a prefix
+    from a peer. `digests` is the chain of page names, `root` its first parent."""
+
+    transfer_id: str
+    sources: tuple[str, ...]
+    root: bytes
+    digests: tuple[bytes, ...]
+
+
+class Move(msgspec.Struct, frozen=True, kw_only=True, tag="move"):
+    """Front → engine that has the request: hand its sequences over to the engine at the first of
+    `endpoints` that can be reached.
+
+    What is complete is copied while the sequences go on; once each of them has drawn a token and little is
+    left they hold still, the rest follows, and Moved tells the outcome. After a success they hold until
+    the front ends this attempt here; after a failure they go on. `mode` "pull": nothing is sent, the
+    sequences hold as soon as they may and the receiver, told by its Submit, fetches.
+    """
+
+    request_id: str
+    attempt: int
+    transfer_id: str
+    endpoints: tuple[str, ...] = ()
+    mode: str = "push"
+
+
+class CancelTransfer(msgspec.Struct, frozen=True, kw_only=True, tag="cancel_transfer"):
+    """Front → either engine: give this transfer up; pages are free within a second on both sides."""
+
+    transfer_id: str
+
+
+class Moved(msgspec.Struct, frozen=True, kw_only=True, tag="moved", omit_defaults=True):
+    """Engine → front: how a Move ended, after the frames of all tokens drawn before. With mode "pull" and no
+    error: the sequences hold still and can be fetched.
+
+    `transfer_ms` is the time in which bytes moved, `exposed_ms` what of it lay behind the last computed row.
+    """
+
+    request_id: str
+    attempt: int
+    transfer_id: str
+    error: ErrorInfo | None = None
+    num_bytes: int = 0
+    transfer_ms: float = 0.0
+    exposed_ms: float = 0.0
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
@@ -197,8 +256,32 @@ class Drain(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
 
 
 FrontMessage = (
-    Hello | Proof | Refused | Start | Attach | AssetRequest | Submit | Abort | Committed | KvSync | Drain
+    Hello
+    | Proof
+    | Refused
+    | Start
+    | Attach
+    | AssetRequest
+    | Submit
+    | Abort
+    | Committed
+    | KvSync
+    | Drain
+    | Fetch
+    | Move
+    | CancelTransfer
 )
 EngineMessage = (
-    Hello | Proof | Refused | Progress | Ready | StartFailed | Asset | Frames | Stats | Pulse | KvDelta
+    Hello
+    | Proof
+    | Refused
+    | Progress
+    | Ready
+    | StartFailed
+    | Asset
+    | Frames
+    | Stats
+    | Pulse
+    | KvDelta
+    | Moved
 )

@@ -19,3 +19,5 @@ class InstanceAbout:
     phases: tuple[str, ...] = ("prefill", "decode")
     num_restarts: int = 0
     pulses: bool = False
+    endpoints: tuple[str, ...] = ()
+    """Where it takes KV pages of its peers; empty = it cannot."""

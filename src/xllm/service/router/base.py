@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from xllm.config import FrontConfig
-from xllm.types import SLO, EngineSnapshot, RequestClass
+from xllm.types import MIXED, SLO, EngineSnapshot, Phase, RequestClass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,8 @@ class InstanceView:
     word, at most a step old, and counts other fronts' requests too. `matched` is (tier, leading prompt
     tokens readable there), best tier first; the tier "expected" stands for pages that requests placed there
     a moment ago will leave. `recent_ms` is the work that this front placed there lately (`memory.py`).
-    `max_reqs` None = it does not say.
+    `max_reqs` None = it does not say. `phases` is its role: what it may be given. `old_phases` it had before
+    and still works off; empty = it is in a stable pool.
     """
 
     name: str
@@ -49,6 +50,8 @@ class InstanceView:
     context_tokens: int = 0
     matched: tuple[tuple[str, int], ...] = ()
     recent_ms: float = 0.0
+    phases: frozenset[Phase] = MIXED
+    old_phases: frozenset[Phase] = frozenset()
 
     @property
     def has_room(self) -> bool:
@@ -65,7 +68,8 @@ class RouterSnapshot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """`instance` is a name of the snapshot; `reasons` and `scores` (per candidate, higher is better) are
+    """`instance` is a name of the snapshot; `decode` another one where the request goes on after its first
+    token, None = it stays; `reasons` and `scores` (per candidate, higher is better) are
     for the decision log and `xllm explain`. Predictions are None where the policy makes none; `work_ms` is
     what the request adds to its instance's work, 0 where nothing is predicted."""
 
@@ -75,6 +79,7 @@ class Placement:
     ttft_ms: float | None = None
     tpot_ms: float | None = None
     work_ms: float = 0.0
+    decode: str | None = None
 
 
 RouterPolicy = Callable[[RequestView, RouterSnapshot, FrontConfig], Placement | None]

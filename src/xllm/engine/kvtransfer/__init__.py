@@ -1,0 +1,1 @@
+"""KV pages between engines: one protocol, several ways for the bytes. No scheduling, no page policy."""
