@@ -65,6 +65,17 @@ class _Layered:
     num_layers: list[int]
 
 
+@dataclass(slots=True)
+class Backlog:
+    """What a step thread may ask of its transfer at any time. `num_pushed` is written by it, the rest by the
+    I/O thread."""
+
+    num_pushed: int = 0
+    num_sealed: int = 0
+    accepted: bool = False
+    ended: bool = False
+
+
 Writer = Callable[["Outgoing", Part, tuple[int, ...]], None]
 """Copies a part into these slots of the receiver, or sends it off; raises XllmError."""
 
@@ -74,13 +85,15 @@ class Outgoing:
     transfer_id: str
     memory: KVMemory
     num_pages: tuple[int, ...]
+    backlog: Backlog = field(default_factory=Backlog)
     endpoints: deque[str] = field(default_factory=deque)
     step: Step = Step.CONNECTING
     connection: Connection | None = None
     accepted: Accept | None = None
     since_s: float = 0.0
     """When the present step began."""
-    step_done_s: float = 0.0
+    finish_s: float = 0.0
+    """When the step thread had nothing more to push."""
     num_bytes: int = 0
     moving_s: float = 0.0
     finishing: bool = False
@@ -106,9 +119,8 @@ class Outgoing:
             self._copy(g, indices, pages, 0, self.memory.groups[g].page_bytes)
             self._seal(g, indices, pages)
 
-    def step_done(self, trusted: bool, now_s: float) -> None:
+    def step_done(self, trusted: bool) -> None:
         """All layers are written. Not `trusted`: what was copied meanwhile may be of an earlier try."""
-        self.step_done_s = now_s
         layered, self._layered = self._layered, []
         for entry in layered:
             pushed = entry.pushed
@@ -135,8 +147,9 @@ class Outgoing:
                         self._copy(g, pushed.indices[g], pushed.pages[g], offset, length)
                     entry.num_layers[g] += 1
 
-    def finish(self, manifest: Manifest, step_done_s: float) -> None:
-        self.step_done(False, max(step_done_s, self.step_done_s))
+    def finish(self, manifest: Manifest, at_s: float) -> None:
+        self.step_done(False)
+        self.finish_s = at_s
         self.finishing = True
         self._jobs.append(
             Finish(
@@ -166,6 +179,7 @@ class Outgoing:
             return job.num_bytes
         if isinstance(job, _Seal):
             digests = page_digests(self.memory.groups[job.group].pages, job.pages)
+            self.backlog.num_sealed += len(job.pages)
             self._digests.update(zip(((job.group, i) for i in job.indices), digests, strict=True))
             say(Wrote(transfer_id=self.transfer_id, group=job.group, indices=job.indices, digests=digests))
             return len(job.pages) * self.memory.groups[job.group].page_bytes
