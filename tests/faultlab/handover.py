@@ -22,6 +22,7 @@ import httpx
 from benchmarks.faults import faults
 from benchmarks.faults.streams import Answer, BrokenStreamError, ask
 from tests.faultlab.lab import environment
+from tests.faultlab.tcpproxy import HEALTHY, TcpProxy
 from xllm.testing.server_process import ServerProcess, serve
 
 LIMIT_S = 60.0
@@ -51,9 +52,12 @@ class Fault:
 class HandoverLab:
     """A running server, and the folder in which its engines look for what is armed."""
 
-    def __init__(self, server: ServerProcess, folder: Path, num_engines: int) -> None:
+    def __init__(
+        self, server: ServerProcess, folder: Path, num_engines: int, proxies: tuple[TcpProxy, ...] = ()
+    ) -> None:
         self.server = server
         self.num_engines = num_engines
+        self.proxies = proxies
         self._folder = folder
 
     def arm(self, fault: Fault) -> None:
@@ -82,7 +86,7 @@ class HandoverLab:
         faults.wait_ready(self.server.base_url, self.num_engines)
         self.arm(fault)
         async with self.client() as http:
-            asked = [asyncio.create_task(_answer(http, body)) for body in bodies]
+            asked = [asyncio.create_task(answer_of(http, body)) for body in bodies]
             struck = asyncio.create_task(asyncio.to_thread(self._strike, fault, stopped_s))
             try:
                 answers = await asyncio.gather(*asked)
@@ -119,6 +123,11 @@ class HandoverLab:
             f"all pages are given back, not {self.pages()}",
         )
 
+    def restore(self) -> None:
+        """Links are healthy again, and the engines have met."""
+        for proxy in self.proxies:
+            proxy.set(HEALTHY)
+
     def num_handed_over(self) -> float:
         return self.server.count("xllm:kv_transfer_bytes_total")
 
@@ -149,7 +158,7 @@ def first_difference(want: Answer, got: Answer) -> str:
     return f"usage: wanted {want.usage}, got {got.usage}"
 
 
-async def _answer(http: httpx.AsyncClient, body: dict[str, Any]) -> Answer | BrokenStreamError:
+async def answer_of(http: httpx.AsyncClient, body: dict[str, Any]) -> Answer | BrokenStreamError:
     try:
         return await ask(http, body)
     except BrokenStreamError as error:
@@ -170,13 +179,27 @@ def handover_lab(
     *args: str,
     instances: str = "prefill:1,decode:1",
     pace_ms: float = 0.0,
+    proxied: bool = False,
     **settings: Any,
 ) -> Iterator[HandoverLab]:
-    """`xllm serve *args` over engines with roles; `settings` are configuration fields by name."""
+    """`xllm serve *args` over engines with roles; `settings` are configuration fields by name.
+
+    `proxied`: they reach each other through `proxies`. One that is started again takes no new proxy.
+    """
     points = folder / "points"
     points.mkdir(exist_ok=True)
     env = environment(pace_ms, max_queue_delay_s=0, **settings) | {"HANDOVERLAB_DIR": str(points)}
     num_engines = sum(int(part.partition(":")[2]) for part in instances.split(","))
-    with serve(*args, "--instances", instances, env=env) as server:
+    with contextlib.ExitStack() as stack:
+        proxies = [stack.enter_context(_proxy(points)) for _ in range(num_engines * proxied)]
+        server = stack.enter_context(serve(*args, "--instances", instances, env=env))
         faults.wait_ready(server.base_url, num_engines)
-        yield HandoverLab(server, points, num_engines)
+        yield HandoverLab(server, points, num_engines, tuple(proxies))
+
+
+@contextlib.contextmanager
+def _proxy(folder: Path) -> Iterator[TcpProxy]:
+    """Where it goes to is written into its file by the engine that takes it."""
+    with TcpProxy(lambda: int((folder / f"taken.{made.port}").read_text())) as made:
+        (folder / f"proxy.{made.port}").touch()
+        yield made

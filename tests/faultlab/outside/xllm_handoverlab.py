@@ -12,6 +12,9 @@ Points of the engine that gives (p) and of the one that takes (d); `skip` lets s
     p.finished  the rest was given to the transfers       d.submitted  the request itself has come
     p.sent      the receiver has everything               d.step       a step begins that goes on with one
     p.answered  the front was told (a moment later)
+
+Where the folder has files `proxy.<port>`, each engine takes one of them, writes the port at which it takes
+pages into it, and names the proxy's to its peers.
 """
 
 from __future__ import annotations
@@ -139,12 +142,41 @@ def install(points: Points) -> None:
             module.Mover = LabMover
 
 
+def take_proxy(folder: Path, port: int) -> int | None:
+    """The proxy's port, now told where to go to; None when all are taken."""
+    for offered in sorted(folder.glob("proxy.*")):
+        mine = offered.with_name(offered.name.replace("proxy.", "taken."))
+        told = folder / f"told.{os.getpid()}"
+        told.write_text(str(port))
+        try:
+            offered.unlink()
+        except FileNotFoundError:
+            continue
+        told.rename(mine)
+        return int(mine.suffix[1:])
+    return None
+
+
+def install_proxies(folder: Path) -> None:
+    from xllm.engine.kvtransfer import plane
+
+    listen = plane.listen_tcp
+
+    def listen_behind(host, port, road, told=None):
+        listener, endpoint = listen(host, port, road, told)
+        proxy = take_proxy(folder, listener.getsockname()[1])
+        return listener, endpoint if proxy is None else f"{road}:127.0.0.1:{proxy}"
+
+    plane.listen_tcp = listen_behind
+
+
 class Handoverlab:
     name = "handoverlab"
 
     def __init__(self) -> None:
         if FOLDER:
             install(Points(Path(FOLDER)))
+            install_proxies(Path(FOLDER))
 
     def __call__(self, logits, op) -> None:
         """Changes nothing."""
