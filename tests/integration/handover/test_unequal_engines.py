@@ -59,7 +59,7 @@ def test_thread_counts_change_no_answer(smollm2: str, tmp_path: Path) -> None:
 
 
 def test_engines_of_another_layout_are_never_paired(tmp_path: Path) -> None:
-    """The same name, another file: its pages would be garbage here. Requests are answered, not handed over."""
+    """The same name, another file: its pages would be garbage. Requests are answered, not handed over."""
     other = tmp_path / "other"
     write_hf_dir(
         other, CONFIG | {"num_hidden_layers": 3}, {"unused": np.zeros((1,), np.float32)}, tiny_assets(512)
