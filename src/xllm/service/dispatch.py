@@ -204,7 +204,7 @@ class Dispatch:
         The new attempt is posted before the old one is ended, so that there is no moment in which no engine
         has the request.
         """
-        target, request_id = move.target, move.request_id
+        target = move.target
         self._leave(ticket, "handed_over")
         if ticket.gap_from_s is None:
             ticket.gap_from_s = ticket.last_s

@@ -161,9 +161,7 @@ class SampleEngine:
         num_bytes = 1000 * sum(choice.num_out for choice in request.choices)
         self._say_moved(request, move, self.move_error, num_bytes)
 
-    def _say_moved(
-        self, request: _Request, move: Move, error: ErrorInfo | None, num_bytes: int = 0
-    ) -> None:
+    def _say_moved(self, request: _Request, move: Move, error: ErrorInfo | None, num_bytes: int = 0) -> None:
         if error is None:
             request.holds = True
         else:

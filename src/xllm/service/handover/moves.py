@@ -155,9 +155,7 @@ class Moves:
             self._failed(move, message.error.code, message)
             return None
         if message.num_bytes > 0 and message.transfer_ms > 0:
-            self._links.observe(
-                move.source.name, move.target.name, message.num_bytes, message.transfer_ms
-            )
+            self._links.observe(move.source.name, move.target.name, message.num_bytes, message.transfer_ms)
         self._close(move, "done", "", message)
         return move
 
