@@ -14,8 +14,10 @@ from xllm.errors import InternalError
 from xllm.prefix import page_digest, root_digest
 from xllm.service.instances.instance import Instance
 from xllm.service.kvindex import KvIndex
+from xllm.service.roles.board import UNLISTED, RoleBoard, Standing
 from xllm.service.router.base import InstanceView, Placement, RequestView, RouterPolicy, RouterSnapshot
-from xllm.service.router.memory import PlacementMemory
+from xllm.service.router.disaggregated import place
+from xllm.service.router.memory import Coming, PlacementMemory
 from xllm.types import PAGE_SIZE, RequestSpec
 from xllm.wire.messages import KvDelta
 
@@ -34,8 +36,10 @@ class Choice:
 class Placer:
     """Owns the page index and the memory of placements; loads are read from the instances when asked."""
 
-    def __init__(self, config: FrontConfig, policy: RouterPolicy) -> None:
+    def __init__(self, config: FrontConfig, policy: RouterPolicy, board: RoleBoard | None = None) -> None:
         self.index = KvIndex()
+        self.coming = Coming()
+        self._board = board if board is not None else RoleBoard()
         self._config = config
         self._policy = policy
         self._turns: Counter[str] = Counter()
@@ -77,17 +81,19 @@ class Placer:
         for i in candidates:
             cls = i.card.numerics_class
             matched = self._memory.matched(i.name, chains[cls], found[cls].get(i.name, ()))
-            views.append(_view(i, matched, recent_ms[i.name]))
+            views.append(_view(i, matched, recent_ms[i.name], self._board.standing(i.name), self.coming))
         snapshot = RouterSnapshot(instances=tuple(views), turn=self._turns[spec.model])
-        placement = self._policy(view, snapshot, self._config)
+        placement = place(self._policy, view, snapshot, self._config)
         if placement is None:
             return None
         self._turns[spec.model] += 1
         chosen = next((i for i in candidates if i.name == placement.instance), None)
-        if chosen is None:
+        if chosen is None or placement.decode not in (None, *names):
             raise InternalError("the router policy chose an instance that it was not offered")
         cls = chosen.card.numerics_class
         self._memory.placed(spec.request_id, chosen.name, placement.work_ms, names, chains[cls])
+        if placement.decode is not None:
+            self.coming.expect(spec.request_id, placement.decode, view.num_choices, len(prompt) + num_emitted)
         num_matched = sum(num for _, num in found[cls].get(chosen.name, ())) * PAGE_SIZE
         return Choice(instance=chosen, placement=placement, num_matched=num_matched)
 
@@ -95,6 +101,11 @@ class Placer:
         """It has left its instance or ended, or was not placed after all. An answer settles nothing: the
         index may hear of the pages a little later, and until then they would count for nothing."""
         self._memory.settled(request_id)
+        self.coming.settled(request_id)
+
+    def views(self, instances: Sequence[Instance]) -> tuple[InstanceView, ...]:
+        """Loads and roles alone, for a judgement that asks for no prompt."""
+        return tuple(_view(i, (), 0.0, self._board.standing(i.name), self.coming) for i in instances)
 
     def learn(self, instance: Instance, delta: KvDelta) -> bool:
         """What an instance says of its pages; False = something was missed, it must tell all again."""
@@ -104,14 +115,26 @@ class Placer:
         """The instance is gone, and what it had with it."""
         self.index.purge(name)
         self._memory.purge(name)
+        self.coming.purge(name)
+        self._board.left(name)
 
 
 def load_views(instances: Sequence[Instance]) -> tuple[InstanceView, ...]:
-    """The loads alone, for a judgement that asks for no prompt."""
-    return tuple(_view(i, (), 0.0) for i in instances)
+    """The loads alone, for a judgement that asks for no prompt and no role."""
+    return tuple(_view(i, (), 0.0, UNLISTED, _NONE_COMING) for i in instances)
 
 
-def _view(instance: Instance, matched: tuple[tuple[str, int], ...], recent_ms: float) -> InstanceView:
+_NONE_COMING = Coming()
+
+
+def _view(
+    instance: Instance,
+    matched: tuple[tuple[str, int], ...],
+    recent_ms: float,
+    standing: Standing,
+    coming: Coming,
+) -> InstanceView:
+    coming_reqs, coming_tokens = coming.at(instance.name)
     return InstanceView(
         name=instance.name,
         num_reqs=len(instance.requests),
@@ -121,6 +144,10 @@ def _view(instance: Instance, matched: tuple[tuple[str, int], ...], recent_ms: f
         context_tokens=instance.context_tokens,
         matched=matched,
         recent_ms=recent_ms,
+        phases=standing.phases,
+        old_phases=standing.old_phases,
+        coming_reqs=coming_reqs,
+        coming_tokens=coming_tokens,
     )
 
 

@@ -91,3 +91,43 @@ class PlacementMemory:
     def _usual_ms(self, among: Collection[str]) -> float:
         known = [self._recent_ms[name] for name in among if name in self._recent_ms]
         return sum(known) / len(known) if known else 0.0
+
+
+class Coming:
+    """Requests that compute their prompt at one instance and are to go on at another: load that the second
+    one has not seen yet. Without it a burst would be sent to one decoder as a whole."""
+
+    def __init__(self) -> None:
+        self._pending: dict[str, tuple[str, int, int]] = {}
+        self._at: dict[str, tuple[int, int]] = {}
+
+    def expect(self, request_id: str, instance: str, num_choices: int, num_tokens: int) -> None:
+        """Until `settled`: then it is there, or will not come."""
+        self.settled(request_id)
+        self._pending[request_id] = (instance, num_choices, num_choices * num_tokens)
+        self._add(instance, num_choices, num_choices * num_tokens)
+
+    def settled(self, request_id: str) -> None:
+        """Unknown ids are fine."""
+        instance, num_reqs, num_tokens = self._pending.pop(request_id, ("", 0, 0))
+        if instance:
+            self._add(instance, -num_reqs, -num_tokens)
+
+    def purge(self, instance: str) -> None:
+        """It is gone: nothing will arrive there."""
+        for request_id in self.to(instance):
+            self.settled(request_id)
+
+    def at(self, instance: str) -> tuple[int, int]:
+        """Sequences and tokens that are to come there."""
+        return self._at.get(instance, (0, 0))
+
+    def to(self, instance: str) -> tuple[str, ...]:
+        """Which requests these are."""
+        return tuple(request_id for request_id, (name, _, _) in self._pending.items() if name == instance)
+
+    def _add(self, instance: str, num_reqs: int, num_tokens: int) -> None:
+        reqs, tokens = self.at(instance)
+        self._at[instance] = (reqs + num_reqs, tokens + num_tokens)
+        if self._at[instance] == (0, 0):
+            del self._at[instance]
