@@ -80,6 +80,7 @@ class RoleKeeper:
         self._board.joined(instance.name, phases, self._clock.monotonic_s())
         self._left.pop(instance.name, None)
         self._proofs.pop(instance.name, None)
+        self.lacking()
         self._arm()
 
     def arrived(self, spec: RequestSpec, choice: Choice) -> None:
