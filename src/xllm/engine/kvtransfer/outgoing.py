@@ -6,6 +6,7 @@ How bytes travel is a `Writer`'s matter; sockets, time limits and events are `pl
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -67,13 +68,20 @@ class _Layered:
 
 @dataclass(slots=True)
 class Backlog:
-    """What a step thread may ask of its transfer at any time. `num_pushed` is written by it, the rest by the
-    I/O thread."""
+    """What a step thread may ask of its transfer at any time, in pages and parts of pages. `num_pushed` is
+    written by it, the rest by the I/O thread."""
 
     num_pushed: int = 0
-    num_sealed: int = 0
+    num_copied: float = 0.0
+    num_unsent: float = 0.0
+    """Copied, but only as far as our side of a socket."""
     accepted: bool = False
     ended: bool = False
+
+    @property
+    def num_pending(self) -> int:
+        # Sums of parts of a page are not quite whole.
+        return max(0, math.ceil(self.num_pushed - self.num_copied + self.num_unsent - 1e-6))
 
 
 Writer = Callable[["Outgoing", Part, tuple[int, ...]], None]
@@ -126,6 +134,9 @@ class Outgoing:
             pushed = entry.pushed
             for g, (indices, pages) in enumerate(zip(pushed.indices, pushed.pages, strict=True)):
                 group, copied = self.memory.groups[g], entry.num_layers[g] if trusted else 0
+                if not trusted and group.separable:
+                    # It counts once, although it is copied twice.
+                    self.backlog.num_copied -= len(pages) * entry.num_layers[g] / len(group.layers)
                 if not copied:
                     self._copy(g, indices, pages, 0, group.page_bytes)
                 for spans in group.spans[copied:] if copied else ():
@@ -176,10 +187,10 @@ class Outgoing:
         if isinstance(job, Part):
             write(self, job, self._slots(job.group, job.indices))
             self.num_bytes += job.num_bytes
+            self.backlog.num_copied += job.num_bytes / self.memory.groups[job.group].page_bytes
             return job.num_bytes
         if isinstance(job, _Seal):
             digests = page_digests(self.memory.groups[job.group].pages, job.pages)
-            self.backlog.num_sealed += len(job.pages)
             self._digests.update(zip(((job.group, i) for i in job.indices), digests, strict=True))
             say(Wrote(transfer_id=self.transfer_id, group=job.group, indices=job.indices, digests=digests))
             return len(job.pages) * self.memory.groups[job.group].page_bytes

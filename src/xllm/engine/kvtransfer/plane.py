@@ -130,11 +130,10 @@ class DataPlane:
         self._post(partial(self._senders.push, transfer_id, pushed))
 
     def num_pending(self, transfer_id: str) -> int | None:
-        """Pages pushed and not copied yet; None before the receiver's yes, and after the end."""
         backlog = self._backlogs.get(transfer_id)
         if backlog is None or not backlog.accepted or backlog.ended:
             return None
-        return backlog.num_pushed - backlog.num_sealed
+        return backlog.num_pending
 
     def step_done(self) -> None:
         if self._layered:

@@ -196,8 +196,11 @@ class Senders:
     def pass_time(self, elapsed_s: float) -> None:
         """Bytes of these transfers were on their way all the while."""
         for out in self.by_id.values():
-            if out.in_flight or self._queued(out):
+            queued = self._queued(out)
+            if out.in_flight or queued:
                 out.moving_s += elapsed_s
+            unsent = out.connection.out_bytes if queued and out.connection is not None else 0
+            out.backlog.num_unsent = unsent / max(self._shared.memory.page_bytes)
 
     def fail(self, out: Outgoing, error: XllmError, tell_peer: bool = True) -> None:
         if self.by_id.get(out.transfer_id) is not out:

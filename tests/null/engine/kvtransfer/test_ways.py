@@ -104,6 +104,8 @@ def _push_layers(pair: Pair, name: str) -> None:
     write = _writer(sender)
     write(0)
     sender.word.finished_layers = 1
+    # Layer 0 is one of two in the first group: half of its four pages; two of the other group are left.
+    wait_until(lambda: sender.plane.num_pending(name) == 4, "half of four pages is copied")
     first, _ = receiver.memory.groups[0].spans
     slots = list(SLOTS[0])
     for at, length in first:
