@@ -4,6 +4,7 @@ has been written to. Each test first shows that its fault happened."""
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -51,7 +52,7 @@ from xllm.types import KVGroup, KVLayout
 from xllm.wire.hello import INSTANCE, Handshake, Identity
 from xllm.wire.proof import ClusterKey
 
-QUICK = TransferLimits(silent_s=0.3, ping_s=0.05, connect_s=0.5, answer_s=0.6, lease_s=0.4)
+QUICK = TransferLimits(silent_s=0.3, ping_s=0.05, connect_s=0.5, answer_s=5.0)
 
 
 @pytest.fixture
@@ -269,6 +270,15 @@ def test_a_route_that_swallows_everything_is_noticed_by_both(
     assert untouched(receiver)
 
 
+def test_an_idle_hour_between_two_transfers_is_not_silence(make: Callable[..., Peer]) -> None:
+    hours = [0.0]
+    sender, receiver = make(clock=lambda: time.perf_counter() + hours[0]), make()
+    _still_works(sender, receiver)
+    hours[0] = 3600.0
+    _still_works(sender, receiver, "later")
+    assert sender.told(Failed) == []
+
+
 # -- cancel, and who may still write ---------------------------------------------------------------
 
 
@@ -332,7 +342,7 @@ def test_shared_pages_stay_leased_until_the_sender_has_stopped(
 
 
 def test_a_lease_that_its_sender_forgets_expires(make: Callable[..., Peer]) -> None:
-    receiver = make(limits=QUICK)
+    receiver = make(limits=replace(QUICK, lease_s=0.4))
     hand = Hand(receiver)
     hand.say(_offer())
     receiver.wait(Offered)
