@@ -4,8 +4,8 @@
     python -m benchmarks.transfer --model smollm2 --prompt-len 1024
 
 Medians of rounds, all in one run; the other process runs on the same machine. A round begins when pages are
-pushed to a receiver that has leased its own, and ends with its word that they are right. With a model: how much
-of a transfer is hidden behind the prefill that fills its pages, and what that costs the prefill.
+pushed to a receiver that has leased its own, and ends with its word that they are right. With a model: how
+much of a transfer is hidden behind the prefill that fills its pages, and what that costs the prefill.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from xllm.engine.build import build_engine
 from xllm.engine.kvtransfer import mooncake
 from xllm.engine.kvtransfer.base import Failed, Manifest, Offered, Pushed, Released, Sent, TransferEvent
 from xllm.engine.kvtransfer.copying import page_digests
-from xllm.engine.kvtransfer.memory import KVMemory, anonymous_pages, inseparable
+from xllm.engine.kvtransfer.memory import GroupMemory, KVMemory, anonymous_pages, inseparable
 from xllm.engine.kvtransfer.plane import DataPlane, Ways
 from xllm.engine.kvtransfer.sharing import PageKind
 from xllm.types import PAGE_SIZE
@@ -176,22 +176,22 @@ def behind_prefill(ways: Sequence[str], model: str, prompt_len: int, rounds: int
         plane.close()
         engine.core.close()
         transfer_ms, exposed_ms = (median(column) for column in zip(*moved, strict=True))
-        print(
-            f"{way:9} prefill of {prompt_len} {median(alone_s) * 1e3:.1f} ms, pushing {median(pushing_s) * 1e3:.1f} ms;"
-            f" transfer {transfer_ms:.2f} ms, exposed {exposed_ms:.2f} ms: {1 - exposed_ms / transfer_ms:.0%} hidden"
-        )
+        times = f"prefill of {prompt_len} {median(alone_s) * 1e3:.1f} ms, pushing {median(pushing_s) * 1e3:.1f} ms"
+        share = f"transfer {transfer_ms:.2f} ms, exposed {exposed_ms:.2f} ms: {1 - exposed_ms / transfer_ms:.0%} hidden"
+        print(f"{way:9} {times}; {share}")
 
 
 def memcpy(num_pages: int, page_bytes: int, rounds: int) -> tuple[list[float], list[float]]:
     """Seconds for copying the same pages within a process, and for their digests."""
     source = np.random.default_rng(0).integers(0, 256, (num_pages, page_bytes), np.uint8)
     target = np.ones_like(source)
+    group = GroupMemory(target)
     copies, digests = [], []
     for _ in range(rounds):
         started_s = time.perf_counter()
         target[:] = source
         copied_s = time.perf_counter()
-        page_digests(target, range(num_pages))
+        page_digests(group, range(num_pages))
         copies.append(copied_s - started_s)
         digests.append(time.perf_counter() - copied_s)
     return copies, digests

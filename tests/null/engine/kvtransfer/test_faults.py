@@ -41,6 +41,7 @@ from xllm.engine.kvtransfer.messages import (
     Finish,
     Message,
     Offer,
+    Passed,
     Wrote,
     checksum,
     encode,
@@ -466,12 +467,18 @@ def _data(**other: object) -> Data:
         _data(length=-4),
         _data(offset=1 << 40),
         _data(transfer_id="u"),
+        Passed(transfer_id="t", group=0, indices=(1,), layer=2),
+        Passed(transfer_id="t", group=0, indices=(1,), layer=-1),
+        Passed(transfer_id="t", group=0, indices=(4,), layer=0),
+        Passed(transfer_id="t", group=9, indices=(0,), layer=0),
+        Wrote(transfer_id="t", group=0, indices=(0, 4), digests=(1, 2)),
+        Wrote(transfer_id="t", group=0, indices=(0,), digests=()),
     ],
     ids=str,
 )
-def test_data_beyond_the_lease_is_refused(leased: tuple[Peer, Hand], lie: Data) -> None:
+def test_data_beyond_the_lease_is_refused(leased: tuple[Peer, Hand], lie: Message) -> None:
     receiver, hand = leased
-    hand.say(lie, b"\xff" * 4)
+    hand.say(lie, b"\xff" * 4 if isinstance(lie, Data) else b"")
     wait_until(lambda: receiver.plane.counters.refused_messages == 1, "it is refused")
     assert not any(group.pages.any() for group in receiver.memory.groups)
 
@@ -518,7 +525,11 @@ def test_repeated_and_reordered_data_do_no_harm_and_late_ones_are_refused(leased
     parts = [(_data(offset=at, length=4096), content[at : at + 4096]) for at in range(0, 16384, 4096)]
     for i in (2, 0, 0, 3, 1, 2):
         hand.say(*parts[i])
-    from_sender = checksum(content)
+    group = receiver.memory.groups[0]
+    in_order = (content[at : at + n] for spans in group.spans for at, n in spans)
+    from_sender = checksum(b"".join(in_order))
+    for layer in (1, 0, 0):  # and layers that are told of out of order, and twice
+        hand.say(Passed(transfer_id="t", group=0, indices=(1,), layer=layer))
     hand.say(Wrote(transfer_id="t", group=0, indices=(1,), digests=(from_sender,)))
     hand.say(_offer())  # again
     hand.say(_finish(digests=(((1, from_sender),), ())))
