@@ -35,10 +35,10 @@ from xllm.engine.build import build_engine
 from xllm.engine.kvtransfer import mooncake
 from xllm.engine.kvtransfer.base import Failed, Manifest, Offered, Pushed, Released, Sent, TransferEvent
 from xllm.engine.kvtransfer.copying import page_digests
-from xllm.engine.kvtransfer.memory import GroupMemory, KVMemory, anonymous_pages, inseparable
+from xllm.engine.kvtransfer.memory import GroupMemory, KVMemory, anonymous_pages, of_layers
 from xllm.engine.kvtransfer.plane import DataPlane, Ways
 from xllm.engine.kvtransfer.sharing import PageKind
-from xllm.types import PAGE_SIZE
+from xllm.types import PAGE_SIZE, KVGroup, KVLayout
 from xllm.wire.hello import INSTANCE, Identity
 
 KIND = PageKind(numerics_class="benchmark", layout_digest="benchmark", page_size=64)
@@ -57,23 +57,24 @@ class End:
         return event
 
 
-def make_end(ways: Ways, num_pages: int, page_bytes: int, in_file: bool) -> End:
+def make_end(ways: Ways, num_pages: int, page_bytes: int, in_file: bool, num_layers: int = 1) -> End:
     """Pages that have been touched, as those of an engine that has served are."""
     shared = anonymous_pages("benchmark") if in_file else None
     empty = np.zeros((num_pages, page_bytes), np.uint8) if shared is None else None
     pages = shared.next_group(num_pages, page_bytes) if shared is not None else empty
     assert pages is not None
     pages[:] = np.random.default_rng(0).integers(0, 256, page_bytes, np.uint8)
-    memory = inseparable([pages], shared)
+    group = KVGroup(kind="full", layers=tuple(range(num_layers)), num_kv_heads=1, head_dim=1)
+    memory = of_layers(KVLayout(groups=(group,), dtype="uint8"), [pages], shared)
     events: queue.SimpleQueue[TransferEvent] = queue.SimpleQueue()
     plane = DataPlane(memory, KIND, Identity(role=INSTANCE), events.put, ways=ways)
     plane.start()
     return End(memory, plane, events)
 
 
-def receive(ways: Ways, num_pages: int, page_bytes: int, in_file: bool) -> None:
+def receive(ways: Ways, num_pages: int, page_bytes: int, in_file: bool, num_layers: int) -> None:
     """The other process: takes whatever is offered, until its input ends."""
-    end = make_end(ways, num_pages, page_bytes, in_file)
+    end = make_end(ways, num_pages, page_bytes, in_file, num_layers)
     print(json.dumps(end.plane.endpoints), flush=True)
 
     def serve() -> None:
@@ -113,10 +114,13 @@ def measure(ways: str, num_pages: int, page_bytes: int, rounds: int) -> list[flo
 
 
 @contextlib.contextmanager
-def receiver(way: Ways, num_pages: int, page_bytes: int, in_file: bool) -> Iterator[tuple[str, ...]]:
+def receiver(
+    way: Ways, num_pages: int, page_bytes: int, in_file: bool, num_layers: int = 1
+) -> Iterator[tuple[str, ...]]:
     """The other process; its endpoints."""
     command = [sys.executable, "-m", "benchmarks.transfer", "--receive", way, "--pages", str(num_pages)]
-    command += ["--page-bytes", str(page_bytes), *(() if in_file else ("--private",))]
+    command += ["--page-bytes", str(page_bytes), "--layers", str(num_layers)]
+    command += () if in_file else ("--private",)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         if other.stdout is None:
             raise SystemExit("the other process has no output")
@@ -153,7 +157,8 @@ def behind_prefill(ways: Sequence[str], model: str, prompt_len: int, rounds: int
         end = End(memory, plane, events)
         rng = np.random.default_rng(1)
         alone_s, pushing_s, moved = [], [], []
-        with receiver(way, 2 * num_pages, memory.groups[0].page_bytes, True) as endpoints:  # type: ignore[arg-type]
+        shape = 2 * num_pages, memory.groups[0].page_bytes, True, len(memory.groups[0].layers)
+        with receiver(way, *shape) as endpoints:  # type: ignore[arg-type]
             for i in range(rounds + 1):
                 prompt = sequences(rng, 1, prompt_len, engine.core.card.vocab_size)
                 alone = step(engine.runner, prompt)
@@ -176,9 +181,10 @@ def behind_prefill(ways: Sequence[str], model: str, prompt_len: int, rounds: int
         plane.close()
         engine.core.close()
         transfer_ms, exposed_ms = (median(column) for column in zip(*moved, strict=True))
-        times = f"prefill of {prompt_len} {median(alone_s) * 1e3:.1f} ms, pushing {median(pushing_s) * 1e3:.1f} ms"
-        share = f"transfer {transfer_ms:.2f} ms, exposed {exposed_ms:.2f} ms: {1 - exposed_ms / transfer_ms:.0%} hidden"
-        print(f"{way:9} {times}; {share}")
+        alone_ms, pushing_ms = median(alone_s) * 1e3, median(pushing_s) * 1e3
+        print(f"{way:9} prefill of {prompt_len} {alone_ms:.1f} ms, pushing {pushing_ms:.1f} ms", end="; ")
+        print(f"transfer {transfer_ms:.2f} ms, exposed {exposed_ms:.2f} ms", end=": ")
+        print(f"{1 - exposed_ms / transfer_ms:.0%} hidden")
 
 
 def memcpy(num_pages: int, page_bytes: int, rounds: int) -> tuple[list[float], list[float]]:
@@ -209,10 +215,11 @@ def main() -> None:
     parser.add_argument("--prompt-len", type=int, default=1024)
     parser.add_argument("--receive")
     parser.add_argument("--private", action="store_true")
+    parser.add_argument("--layers", type=int, default=1)
     args = parser.parse_args()
     page_bytes = args.page_bytes or args.page_kib << 10
     if args.receive:
-        receive(args.receive, args.pages, page_bytes, not args.private)
+        receive(args.receive, args.pages, page_bytes, not args.private, args.layers)
         return
     if args.model:
         behind_prefill(args.ways, args.model, args.prompt_len, args.rounds)
