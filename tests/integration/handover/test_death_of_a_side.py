@@ -56,7 +56,7 @@ ALL = [
 
 def flags_of(folder: Path) -> tuple[str, ...]:
     """Prompts take several steps here, so that a hand-over can begin in the middle of one."""
-    return *flags(folder), "--logits-processors", "faultlab,handoverlab", "--max-num-batched-tokens", "256"
+    return *flags(folder), "--logits-processors", "handoverlab", "--max-num-batched-tokens", "256"
 
 
 @pytest.fixture(scope="module")
