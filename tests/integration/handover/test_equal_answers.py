@@ -73,9 +73,9 @@ def check(folder: Path, model: str, way: Way, wanted: list[Answer]) -> None:
 
 
 def check_handed_over(lab: HandoverLab) -> None:
-    """Every request that can go on elsewhere did, and none was computed twice instead."""
+    """Requests went on from pages that came, and none was computed twice instead."""
     assert lab.num_failures() == 0
-    assert lab.num_bytes() > 0, "nothing was handed over"
+    assert lab.num_taken() > len(BODIES) // 2, "hardly anything was handed over"
 
 
 @pytest.mark.parametrize("way", FEW, ids=str)

@@ -29,7 +29,7 @@ def linked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HandoverLab]:
 def wanted(linked: HandoverLab) -> list[Answer]:
     """Over links that are as they should be; they carry the pages."""
     answers = asyncio.run(golden(linked.server.base_url, BODIES))
-    assert linked.num_bytes() > 0
+    assert linked.num_taken() > 0
     assert sum(p.counts["connections"] for p in linked.proxies) > 0, "no transfer went through a proxy"
     return answers
 

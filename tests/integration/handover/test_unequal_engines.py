@@ -51,7 +51,7 @@ def test_thread_counts_change_no_answer(smollm2: str, tmp_path: Path) -> None:
         wanted = asyncio.run(golden(alone.server.base_url, asked))
     with found(("prefill", (*args, "1")), ("decode", (*args, "2")), transfer="tcp") as service:
         got = asyncio.run(golden(service.base_url, asked))
-        assert service.count("xllm:kv_transfer_bytes_total") > 0
+        assert service.count("xllm:kv_transfer_bytes_total") > 0, "nothing was handed over"
     different = [
         first_difference(a, b) for a, b in zip(wanted, got, strict=True) if a.content() != b.content()
     ]
