@@ -31,6 +31,7 @@ OPTIONAL = {
     "readline",
     "aetcd",
     "grpc",
+    "mooncake",
 }
 
 
