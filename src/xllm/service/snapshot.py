@@ -5,12 +5,15 @@ Values only; the front makes them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from xllm.service.draft import RequestDraft
 from xllm.service.failover.decision import MoveCost
+from xllm.service.handover.record import HandoverRecord
 from xllm.service.instances.about import InstanceAbout, InstanceState
+from xllm.service.roles.board import UNLISTED, Standing
 from xllm.service.router.base import Placement
 from xllm.service.stream import Delta, Usage
 from xllm.types import EngineSnapshot, RequestSpec
@@ -31,6 +34,7 @@ class InstanceSnapshot:
     context_tokens: int = 0
     quiet_s: float = 0.0
     num_indexed_pages: int = 0
+    standing: Standing = UNLISTED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +42,9 @@ class FrontSnapshot:
     """`num_ended` counts requests by how they ended: a finish reason (of choice 0) or an error code.
 
     `num_waiting` requests have no instance now. `num_moves` (taken off an instance) are counted by why,
-    `num_deaths` of instances by cause (`failover.blame.DeathCause`).
+    `num_deaths` of instances by cause (`failover.blame.DeathCause`). `num_handovers` (pages taken along) are
+    counted by reason and outcome (`handover.record`), `num_transfer_failures` by code; `num_moving` are
+    under way.
     """
 
     num_inflight_reqs: int
@@ -56,7 +62,12 @@ class FrontSnapshot:
     num_quarantined: int
     num_nonexact_resumes: int
     num_kv_gaps: int
+    num_moving: int
+    num_handovers: dict[tuple[str, str], int]
+    num_transfer_failures: dict[str, int]
     instances: tuple[InstanceSnapshot, ...]
+    num_role_switches: Mapping[tuple[str, str, str], int] = field(default_factory=dict)
+    """By (from, to, reason)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +86,7 @@ class RequestRecord:
     prefill_ms: float = 0.0
     num_attempts: int = 1
     num_moves: int = 0
+    num_handovers: int = 0
     num_preemptions: int = 0
     nonexact: bool = False
 
@@ -111,11 +123,17 @@ class FrontObserver(Protocol):
         `cause`: lost, suspect, drain or removed. `recompute_tokens` counts before any prefix hit.
         """
 
+    def on_handover(self, record: HandoverRecord) -> None:
+        """An order to hand a request over has its outcome; one that is `done` is placed next."""
+
     def on_resumed(self, request_id: str, instance: str, gap_s: float) -> None:
         """The first output after one or more moves, and how long its client waited for it."""
 
     def on_instance(self, name: str, state: InstanceState, reason: str, detect_s: float) -> None:
         """The instance is in this state now; found out `detect_s` after its last progress."""
+
+    def on_role(self, name: str, old: str, new: str, reason: str, numbers: str) -> None:
+        """The instance has another role from now on; `numbers` are what the decision was made from."""
 
 
 class NullObserver:
@@ -144,8 +162,14 @@ class NullObserver:
     ) -> None:
         return
 
+    def on_handover(self, record: HandoverRecord) -> None:
+        return
+
     def on_resumed(self, request_id: str, instance: str, gap_s: float) -> None:
         return
 
     def on_instance(self, name: str, state: InstanceState, reason: str, detect_s: float) -> None:
+        return
+
+    def on_role(self, name: str, old: str, new: str, reason: str, numbers: str) -> None:
         return
