@@ -115,6 +115,10 @@ class Placer:
         placement = Placement(instance=instance.name, reasons=reasons)
         return Choice(instance=instance, placement=placement, num_matched=num_matched)
 
+    def views(self, instances: Sequence[Instance]) -> tuple[InstanceView, ...]:
+        """As a policy sees them, for a judgement that asks for no prompt."""
+        return tuple(_view(i, (), 0.0) for i in instances)
+
     def settled(self, request_id: str) -> None:
         """It has left its instance or ended, or was not placed after all. An answer settles nothing: the
         index may hear of the pages a little later, and until then they would count for nothing."""

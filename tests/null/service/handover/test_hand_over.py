@@ -372,7 +372,7 @@ async def test_a_target_that_refuses_costs_the_client_nothing(
 
 
 async def test_a_target_that_is_suspected_when_the_answer_comes_gets_nothing(house: House) -> None:
-    pair = await make_pair(house, script=say(SCRIPT))
+    pair = await make_pair(house, script=say(SCRIPT), pulses=True)
     pair.p.hands_over = False
     stream = await pair.started(1)
     await pair.p.saw(Move)
@@ -385,7 +385,7 @@ async def test_a_target_that_is_suspected_when_the_answer_comes_gets_nothing(hou
 
 
 async def test_a_source_that_is_suspected_loses_its_requests_to_the_target(house: House) -> None:
-    pair = await make_pair(house, script=say(SCRIPT))
+    pair = await make_pair(house, script=say(SCRIPT), pulses=True)
     pair.p.hands_over = False
     stream = await pair.started(2)
     (move,) = await pair.p.saw(Move)
