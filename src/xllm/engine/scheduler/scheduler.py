@@ -36,6 +36,10 @@ class Scheduler:
 
     Invariants: a sequence is in exactly one of `_waiting`, `_running`, ended; both lists are sorted
     by rank; every accepted request yields one frame with `last`.
+
+    Why it always gets on: pages go from later to earlier ranks, or from those that wait for a reader, never
+    the other way. So the first-ranked of the running ones is never robbed and advances until it ends; with
+    none running, the first-ranked waiting one may take every page there is, and `submit` saw that it fits.
     """
 
     def __init__(
@@ -151,8 +155,9 @@ class Scheduler:
         entries: list[SequencePlan] = []
         for seq in ready:
             budget -= self._schedule(seq, budget, entries)
-        # Right after a preemption pages are short: admitting now would only preempt again.
-        if self._counters.num_preemptions == num_preemptions:
+        # Right after a preemption pages are short: admitting now would only preempt again. Unless nothing is
+        # left to run: without a plan the step thread waits for news, and none need come.
+        if self._counters.num_preemptions == num_preemptions or not self._planned:
             self._admit(budget, entries, now_s)
         # A later sequence may have preempted an earlier entry to get its pages, and one that was displaced
         # may have been admitted again at once: only its last entry is about the pages that it has.
@@ -172,7 +177,7 @@ class Scheduler:
         if rows <= 0 or (rows < behind and not self._config.enable_chunked_prefill):
             return 0
         while not self._memory.grow(_table(seq), seq.num_computed + rows):
-            victim = self._victim()
+            victim = self._victim(seq)
             if victim is None or victim is seq:
                 self._preempt(seq)
                 return 0
@@ -192,7 +197,7 @@ class Scheduler:
                 return
             rows = self._start(seq, request, budget)
             if rows == 0:
-                if not (self._reclaim() or self._displace(request)):
+                if not (self._reclaim(seq) or self._displace(request)):
                     return
                 continue
             self._waiting.remove(seq)
@@ -242,13 +247,22 @@ class Scheduler:
         self._enqueue(seq)
         return True
 
-    def _reclaim(self) -> bool:
-        """The same for pages, once they are short: who waits for a reader computes them again later."""
-        holders = [s for s in (*self._waiting, *self._running) if s.out_of_credit and s.table is not None]
+    def _reclaim(self, seq: Sequence) -> bool:
+        """Pages for `seq`, the first to be admitted, from one that cannot use its own before `seq` runs.
+
+        That is who waits behind it (a choice just forked holds pages while it waits), else both would wait
+        for ever; and, waiting or running, who waits for its reader. They compute them again later.
+        """
+        holders = self._idle_holders(seq)
+        holders += [s for s in self._running if s.out_of_credit]
         if not holders:
             return False
         self._preempt(max(holders, key=_rank))
         return True
+
+    def _idle_holders(self, seq: Sequence) -> list[Sequence]:
+        """Waiting sequences whose pages `seq` may take: it goes before them, or they wait for a reader."""
+        return [s for s in self._waiting if s.table is not None and (s.rank > seq.rank or s.out_of_credit)]
 
     def _displace(self, newcomer: Request) -> bool:
         """Preempt the last-ranked running sequence if the order lets `newcomer` do so."""
@@ -260,10 +274,9 @@ class Scheduler:
         self._preempt(worst)
         return True
 
-    def _victim(self) -> Sequence | None:
-        """Who gives pages back: waiting sequences that hold some, then the last-ranked running one."""
-        holders = [s for s in self._waiting if s.table is not None]
-        pool = holders or self._running
+    def _victim(self, seq: Sequence) -> Sequence | None:
+        """Who gives pages to `seq`: waiting sequences that hold some, then the last-ranked running one."""
+        pool = self._idle_holders(seq) or self._running
         return max(pool, key=_rank) if pool else None
 
     def _preempt(self, seq: Sequence) -> None:
