@@ -83,6 +83,11 @@ class Dispatch:
     def num_prefix_fetches(self) -> int:
         return self._prefixes.num_fetches
 
+    def is_answered(self, request_id: str) -> bool:
+        """Whether its present attempt has said something, or it has ended."""
+        ticket = self.tickets.get(request_id)
+        return ticket is None or ticket.answered
+
     # -- a new request --------------------------------------------------------------------------------
 
     def choose(self, spec: RequestSpec, candidates: Sequence[Instance]) -> Choice | None:

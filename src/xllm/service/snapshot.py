@@ -5,13 +5,15 @@ Values only; the front makes them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from xllm.service.draft import RequestDraft
 from xllm.service.failover.decision import MoveCost
 from xllm.service.handover.record import HandoverRecord
 from xllm.service.instances.about import InstanceAbout, InstanceState
+from xllm.service.roles.board import UNLISTED, Standing
 from xllm.service.router.base import Placement
 from xllm.service.stream import Delta, Usage
 from xllm.types import EngineSnapshot, RequestSpec
@@ -34,6 +36,7 @@ class InstanceSnapshot:
     quiet_s: float = 0.0
     num_indexed_pages: int = 0
     num_inbound: int = 0
+    standing: Standing = UNLISTED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,8 @@ class FrontSnapshot:
     num_transfer_failures: dict[str, int]
     num_prefix_fetches: int
     instances: tuple[InstanceSnapshot, ...]
+    num_role_switches: Mapping[tuple[str, str, str], int] = field(default_factory=dict)
+    """By (from, to, reason)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +135,9 @@ class FrontObserver(Protocol):
     def on_instance(self, name: str, state: InstanceState, reason: str, detect_s: float) -> None:
         """The instance is in this state now; found out `detect_s` after its last progress."""
 
+    def on_role(self, name: str, old: str, new: str, reason: str, numbers: str) -> None:
+        """The instance has another role from now on; `numbers` are what the decision was made from."""
+
 
 class NullObserver:
     """Nobody looks. The base of observers that look at a part."""
@@ -164,4 +172,7 @@ class NullObserver:
         return
 
     def on_instance(self, name: str, state: InstanceState, reason: str, detect_s: float) -> None:
+        return
+
+    def on_role(self, name: str, old: str, new: str, reason: str, numbers: str) -> None:
         return

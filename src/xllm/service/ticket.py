@@ -43,8 +43,8 @@ class Ticket:
         self.offer: tuple[Instance, str] | None = None
         """While it waits: where its pages may be, and the name of the transfer that brought them."""
         self.num_refusals = 0
-        self.failed_targets: set[str] = set()
-        """Where its present instance could not move it."""
+        self.failed_targets: list[str] = []
+        """Where its present instance could not move it, in that order."""
         self.stays = False
         """No move off its present instance pays."""
         self.nonexact = False

@@ -72,6 +72,7 @@ async def test_the_page_and_the_exposition_agree(site: Site) -> None:
     site.front._moves.num_by_outcome["prefill", "done"] += 1
     site.front._dispatch.num_moves["lost"] += 1
     site.front._guard.num_deaths["crash"] += 1
+    site.front._board.num_switches["decode", "prefill", "ttft"] += 1
     assert await exported(site) == documented()
     await service.close()
 

@@ -30,6 +30,8 @@ decisions = logging.getLogger("xllm.decisions")
 ANSWER_FLOOR_S = 2.0
 ANSWER_FACTOR = 3.0
 """A move must be answered within max(floor, factor × predicted), counted from when it can get on."""
+TARGET_GONE, TIMEOUT = "target_gone", "timeout"
+"""The front's own codes; all others are the engines'."""
 MAX_FAILURES = 512
 """Failed moves that wait for somebody to think again; beyond it the oldest are forgotten."""
 
@@ -67,6 +69,7 @@ class Failure:
     attempt: int
     target: str
     reason: Reason
+    code: str
 
 
 class Moves:
@@ -198,7 +201,7 @@ class Moves:
         """Nothing can be moved to this instance any more; its requests to come stay where they are."""
         for move in [m for m in self._pending.values() if m.target is instance]:
             self._cancel(move)
-            self._failed(move, "target_gone")
+            self._failed(move, TARGET_GONE)
 
     def expire(self, now_s: float) -> None:
         """Give up what was not answered in time."""
@@ -212,7 +215,7 @@ class Moves:
                 move.predicted_ms,
             )
             self._cancel(move)
-            self._failed(move, "timeout")
+            self._failed(move, TIMEOUT)
 
     def take_failures(self) -> list[Failure]:
         """Those since the last call; their requests go on at the source, and may be moved elsewhere."""
@@ -250,9 +253,13 @@ class Moves:
         known = _CODE.fullmatch(code) and (code in self.num_failures or len(self.num_failures) < _MAX_CODES)
         code = code if known else "other"
         self.num_failures[code] += 1
-        move.ticket.failed_targets.add(move.target.name)
+        move.ticket.failed_targets.append(move.target.name)
         failure = Failure(
-            request_id=move.request_id, attempt=move.attempt, target=move.target.name, reason=move.reason
+            request_id=move.request_id,
+            attempt=move.attempt,
+            target=move.target.name,
+            reason=move.reason,
+            code=code,
         )
         self._failures = [*self._failures[1 - MAX_FAILURES :], failure]
         self._close(move, "failed", code, message)

@@ -15,7 +15,7 @@ from xllm.service.dispatch import Dispatch
 from xllm.service.eligible import large_enough
 from xllm.service.failover.decision import MoveCost
 from xllm.service.handover.links import Links
-from xllm.service.handover.moves import Moves
+from xllm.service.handover.moves import TARGET_GONE, TIMEOUT, Moves
 from xllm.service.handover.pair import why_not
 from xllm.service.handover.price import price
 from xllm.service.handover.rebalance import Running, rebalance, slowest
@@ -30,8 +30,9 @@ decisions = logging.getLogger("xllm.decisions")
 
 MAX_MOVES = 8
 """From one instance at a time: more would share its bytes per second and all come late."""
-MAX_TRIES = 2
-"""Targets that a request is tried on during its stay at one instance."""
+MAX_TRIES = {"prefill": 2, "drain": 6}
+"""Moves of a request during its stay at one instance. Off one that leaves it is worth more of them: most
+failures pass (no room now, preempted just then), and there is nothing better to wait for."""
 
 
 class Relocation:
@@ -81,14 +82,15 @@ class Relocation:
             if ticket is None or ticket.instance is None or failure.attempt != ticket.journal.attempt:
                 continue
             if failure.reason == "prefill" and ticket.instance.routable:
-                self._move(ticket, "prefill")
+                # What an engine refuses it may take a moment later; a silent one stays silent.
+                self._move(ticket, "prefill", elsewhere=failure.code in (TARGET_GONE, TIMEOUT))
 
-    def _move(self, ticket: Ticket, reason: Reason) -> bool:
-        """Whether it is under way."""
+    def _move(self, ticket: Ticket, reason: Reason, *, elsewhere: bool = False) -> bool:
+        """Whether it is under way; with `elsewhere` only to where it was not tried before."""
         source, request_id = ticket.instance, ticket.live.request_id
-        if source is None or ticket.stays or len(ticket.failed_targets) >= MAX_TRIES:
+        if source is None or ticket.stays or len(ticket.failed_targets) >= MAX_TRIES.get(reason, 1):
             return False
-        target, num_matched = self._target(ticket, source)
+        target, num_matched = self._target(ticket, source, elsewhere)
         if target is None:
             return False
         cost = price(source, target, self._links, num_tokens=ticket.num_tokens, num_matched=num_matched)
@@ -101,14 +103,17 @@ class Relocation:
         self._tell(request_id, source, target, reason, cost)
         return True
 
-    def _target(self, ticket: Ticket, source: Instance) -> tuple[Instance | None, int]:
+    def _target(self, ticket: Ticket, source: Instance, elsewhere: bool) -> tuple[Instance | None, int]:
         """Where the router would have it decode, of those that can take its pages; and what is there."""
         journal, need = ticket.journal, ticket.num_tokens + 1
-        candidates = [
+        able = [
             i
             for i in large_enough(journal.spec, self._catalogue.routable(ticket.model_id))
-            if i.name not in ticket.failed_targets and not why_not(source, i, num_tokens=need)
+            if not why_not(source, i, num_tokens=need)
         ]
+        candidates = [i for i in able if i.name not in ticket.failed_targets]
+        if not elsewhere:
+            candidates = candidates or able
         if not candidates:
             return None, 0
         try:
