@@ -148,9 +148,7 @@ def _of_front(snapshot: FrontSnapshot) -> Iterator[Metric]:
 
 
 def _of_roles(snapshot: FrontSnapshot) -> Iterator[Metric]:
-    pools = GaugeMetricFamily(
-        "xllm:pool_size", "Instances by role and transition", labels=("pool",)
-    )
+    pools = GaugeMetricFamily("xllm:pool_size", "Instances by role and transition", labels=("pool",))
     sizes = Counter(i.standing.pool for i in snapshot.instances if i.alive)
     for pool, size in sorted(sizes.items()):
         pools.add_metric((pool,), size)

@@ -1,4 +1,4 @@
-"""Placement among instances with roles: who computes the prompt, where it goes on, and that nobody is refused."""
+"""Placement among instances with roles: who computes the prompt, where it goes on; nobody is refused."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_what_has_spoken_is_recomputed_and_goes_on_at_a_decoder() -> None:
 
 
 def test_a_cost_that_only_the_other_pool_knows_is_used() -> None:
-    """Decoders learn nothing of prompts, and prefill instances tell nothing of either in their first seconds."""
+    """Decoders learn nothing of prompts, and new prefill instances have told nothing of either."""
     slow = (2.0, 10.0, 0.0, 0.3, 0.0002)
     placement = placed(request(1000), prefill("p", cost=()), decode("d", cost=slow))
     assert placement.ttft_ms is not None
