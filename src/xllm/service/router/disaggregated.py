@@ -69,6 +69,9 @@ def _place_prompt(
     alone = [v for v in stable if v.phases == PREFILL]
     pools = [pool for pool in (alone, stable, taking) if pool]
     placed = _first_with_room(policy, request, snapshot, config, pools, "prefill")
+    if placed is not None and placed.ttft_ms is None and len(stable) > len(alone):
+        # It predicts nothing, so nothing would ever tell that those for prompts alone are overrun.
+        return _first_with_room(policy, request, snapshot, config, (stable, taking), "prefill")
     limit_ms = request.slo.ttft_ms or config.slo_ttft_ms
     for pool in pools:
         if placed is None or placed.ttft_ms is None or placed.ttft_ms <= limit_ms:

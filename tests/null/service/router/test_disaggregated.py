@@ -133,6 +133,14 @@ def test_if_every_decoder_is_full_it_stays() -> None:
     assert pair(request(), prefill("p"), coming) == ("p", None)
 
 
+def test_prompts_stay_off_mixed_instances_unless_they_would_wait_too_long_or_nothing_is_predicted() -> None:
+    mixed = having(MIXED, instance("m"))
+    assert pair(request(), prefill("p", backlog=100), mixed)[0] == "p"
+    assert pair(request(), prefill("p", backlog=30_000), mixed)[0] == "m"
+    turns = {pair(request(), prefill("p"), mixed, policy="round-robin", turn=t)[0] for t in range(4)}
+    assert turns == {"m", "p"}
+
+
 def test_a_late_first_token_is_fetched_from_the_pool_in_transition() -> None:
     late, changing = prefill("p", backlog=30_000), having(PREFILL, instance("x"), old=DECODE)
     assert pair(request(), late, changing, decode("d"))[0] == "x"
