@@ -73,6 +73,7 @@ def _instance(i: InstanceSnapshot) -> dict[str, Any]:
                 "total": engine.total_pages,
                 "owned": engine.owned_pages,
                 "cached": engine.cached_pages,
+                "in_transfer": engine.transfer_pages,
                 "free": engine.free_pages,
                 "indexed": i.num_indexed_pages,
             },

@@ -6,8 +6,8 @@ Fills in what a policy may look at, page index included. Sends nothing; observer
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from xllm.config import FrontConfig
 from xllm.errors import InternalError
@@ -17,7 +17,7 @@ from xllm.service.kvindex import KvIndex
 from xllm.service.roles.board import UNLISTED, RoleBoard, Standing
 from xllm.service.router.base import InstanceView, Placement, RequestView, RouterPolicy, RouterSnapshot
 from xllm.service.router.disaggregated import place
-from xllm.service.router.memory import Coming, PlacementMemory
+from xllm.service.router.memory import PlacementMemory
 from xllm.types import PAGE_SIZE, RequestSpec
 from xllm.wire.messages import KvDelta
 
@@ -26,11 +26,17 @@ Chain = tuple[bytes, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """`num_matched` tokens are readable at the instance now, in any tier."""
+    """`num_matched` tokens are readable at the instance now, in any tier. `decode`: where it goes on after
+    its first token; None = it stays. `chain` names the full pages of the prompt, `root` is their first
+    parent; `holders` says how many of the first ones who has."""
 
     instance: Instance
     placement: Placement
     num_matched: int
+    decode: Instance | None = None
+    root: bytes = b""
+    chain: Chain = ()
+    holders: Mapping[str, int] = field(default_factory=dict)
 
 
 class Placer:
@@ -38,7 +44,6 @@ class Placer:
 
     def __init__(self, config: FrontConfig, policy: RouterPolicy, board: RoleBoard | None = None) -> None:
         self.index = KvIndex()
-        self.coming = Coming()
         self._board = board if board is not None else RoleBoard()
         self._config = config
         self._policy = policy
@@ -53,11 +58,12 @@ class Placer:
         emitted: Sequence[int] = (),
         num_emitted: int = 0,
         attempt: int = 0,
+        remember: bool = True,
     ) -> Choice | None:
         """Where the request goes; None when no candidate has room. `candidates` are sorted, not empty.
 
         `emitted` are tokens that follow the prompt in its pages, `num_emitted` those of all choices. What
-        was chosen counts as placed there until `settled`.
+        was chosen counts as placed there until `settled`, unless it is only asked (`remember` False).
         """
         prompt = spec.prompt_token_ids
         view = RequestView(
@@ -81,31 +87,45 @@ class Placer:
         for i in candidates:
             cls = i.card.numerics_class
             matched = self._memory.matched(i.name, chains[cls], found[cls].get(i.name, ()))
-            views.append(_view(i, matched, recent_ms[i.name], self._board.standing(i.name), self.coming))
+            views.append(_view(i, matched, recent_ms[i.name], self._board.standing(i.name)))
         snapshot = RouterSnapshot(instances=tuple(views), turn=self._turns[spec.model])
         placement = place(self._policy, view, snapshot, self._config)
         if placement is None:
             return None
-        self._turns[spec.model] += 1
-        chosen = next((i for i in candidates if i.name == placement.instance), None)
-        if chosen is None or placement.decode not in (None, *names):
-            raise InternalError("the router policy chose an instance that it was not offered")
+        chosen = _named(placement.instance, candidates)
+        decode = None if placement.decode is None else _named(placement.decode, candidates)
         cls = chosen.card.numerics_class
-        self._memory.placed(spec.request_id, chosen.name, placement.work_ms, names, chains[cls])
-        if placement.decode is not None:
-            self.coming.expect(spec.request_id, placement.decode, view.num_choices, len(prompt) + num_emitted)
-        num_matched = sum(num for _, num in found[cls].get(chosen.name, ())) * PAGE_SIZE
-        return Choice(instance=chosen, placement=placement, num_matched=num_matched)
+        if remember:
+            self._turns[spec.model] += 1
+            self._memory.placed(spec.request_id, chosen.name, placement.work_ms, names, chains[cls])
+        holders = {name: sum(num for _, num in tiers) for name, tiers in found[cls].items()}
+        return Choice(
+            instance=chosen,
+            placement=placement,
+            num_matched=holders.get(chosen.name, 0) * PAGE_SIZE,
+            decode=None if decode is chosen else decode,
+            root=root_digest(cls, spec.adapter, spec.cache_salt),
+            chain=chains[cls],
+            holders=holders,
+        )
+
+    def direct(
+        self, spec: RequestSpec, instance: Instance, *, reasons: tuple[str, ...], num_matched: int = 0
+    ) -> Choice:
+        """No choice: its pages are, or may be, at this instance. Remembered as any other placement."""
+        chain = _chain(instance.card.numerics_class, spec, spec.prompt_token_ids)
+        self._memory.placed(spec.request_id, instance.name, 0.0, (), chain)
+        placement = Placement(instance=instance.name, reasons=reasons)
+        return Choice(instance=instance, placement=placement, num_matched=num_matched)
 
     def settled(self, request_id: str) -> None:
         """It has left its instance or ended, or was not placed after all. An answer settles nothing: the
         index may hear of the pages a little later, and until then they would count for nothing."""
         self._memory.settled(request_id)
-        self.coming.settled(request_id)
 
     def views(self, instances: Sequence[Instance]) -> tuple[InstanceView, ...]:
         """Loads and roles alone, for a judgement that asks for no prompt."""
-        return tuple(_view(i, (), 0.0, self._board.standing(i.name), self.coming) for i in instances)
+        return tuple(_view(i, (), 0.0, self._board.standing(i.name)) for i in instances)
 
     def learn(self, instance: Instance, delta: KvDelta) -> bool:
         """What an instance says of its pages; False = something was missed, it must tell all again."""
@@ -115,16 +135,19 @@ class Placer:
         """The instance is gone, and what it had with it."""
         self.index.purge(name)
         self._memory.purge(name)
-        self.coming.purge(name)
         self._board.left(name)
+
+
+def _named(name: str, candidates: Sequence[Instance]) -> Instance:
+    chosen = next((i for i in candidates if i.name == name), None)
+    if chosen is None:
+        raise InternalError("the router policy chose an instance that it was not offered")
+    return chosen
 
 
 def load_views(instances: Sequence[Instance]) -> tuple[InstanceView, ...]:
     """The loads alone, for a judgement that asks for no prompt and no role."""
-    return tuple(_view(i, (), 0.0, UNLISTED, _NONE_COMING) for i in instances)
-
-
-_NONE_COMING = Coming()
+    return tuple(_view(i, (), 0.0, UNLISTED) for i in instances)
 
 
 def _view(
@@ -132,9 +155,7 @@ def _view(
     matched: tuple[tuple[str, int], ...],
     recent_ms: float,
     standing: Standing,
-    coming: Coming,
 ) -> InstanceView:
-    coming_reqs, coming_tokens = coming.at(instance.name)
     return InstanceView(
         name=instance.name,
         num_reqs=len(instance.requests),
@@ -146,8 +167,8 @@ def _view(
         recent_ms=recent_ms,
         phases=standing.phases,
         old_phases=standing.old_phases,
-        coming_reqs=coming_reqs,
-        coming_tokens=coming_tokens,
+        coming_reqs=len(instance.inbound),
+        coming_tokens=sum(instance.inbound.values()),
     )
 
 

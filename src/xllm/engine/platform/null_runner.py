@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from xllm.engine.kvtransfer.memory import KVMemory, inseparable
 from xllm.engine.plan import SequencePlan, SequenceResult, StepPlan, StepResult
 from xllm.engine.sampling import Sampler
 from xllm.engine.surviving import SharedPages
@@ -36,6 +37,11 @@ def token_pages(shared: SharedPages, num_pages: Sequence[int]) -> list[TokenPage
     return kv
 
 
+def empty_pages(num_pages: Sequence[int]) -> list[TokenPages]:
+    """KV in memory of the process's own."""
+    return [np.full((n, PAGE_SIZE), NEVER_WRITTEN, dtype=np.int32) for n in num_pages]
+
+
 class NullRunner:
     """Same contract as a model's runner; `vocab_size` logits per row."""
 
@@ -43,6 +49,7 @@ class NullRunner:
     numerics = ("null",)
     program_counters = None
     finished_layers = 0
+    num_forwards = 0
 
     def __init__(
         self,
@@ -56,7 +63,7 @@ class NullRunner:
         """`kv` (page, token) per group, where it is to lie elsewhere than in memory of our own."""
         self.kv_layout = layout
         self._windows = [g.window for g in layout.groups]
-        self._kv = kv or [np.full((n, PAGE_SIZE), NEVER_WRITTEN, dtype=np.int32) for n in num_pages]
+        self._kv = kv or empty_pages(num_pages)
         self._vocab_size = vocab_size
         self._sampler = sampler
         self.fault = fault
@@ -65,6 +72,13 @@ class NullRunner:
         for copy in plan.copies:
             self._kv[copy.group][copy.dst] = self._kv[copy.group][copy.src]
         return StepResult(step=plan.step, sequences=tuple(self._sequence(s) for s in plan.sequences))
+
+    def forget_layers(self) -> None:
+        """Nobody counts them."""
+
+    def kv_memory(self, shared: SharedPages | None = None) -> KVMemory:
+        """A page is its token ids: one that came from elsewhere, or not, shows in what is drawn."""
+        return inseparable([pages.view(np.uint8).reshape(len(pages), -1) for pages in self._kv], shared)
 
     def close(self) -> None:
         return

@@ -12,11 +12,13 @@ from collections.abc import Iterable
 from operator import attrgetter
 
 from xllm.config import SchedulerConfig
+from xllm.engine.kvtransfer.base import Manifest, Slots
 from xllm.engine.memory.manager import PageManager, PageTable
 from xllm.engine.plan import PageCopy, SampleOp, SequencePlan, StepPlan, StepResult
 from xllm.engine.request import Request, Sequence, SequenceState
 from xllm.engine.sampling import needs_history
 from xllm.engine.scheduler.absorb import apply_result
+from xllm.engine.scheduler.claim import claim_pages
 from xllm.engine.scheduler.counters import Counters
 from xllm.engine.scheduler.deadlines import DEADLINE_PASSED, Deadlines
 from xllm.engine.scheduler.load import Load
@@ -148,7 +150,7 @@ class Scheduler:
         budget = self._max_rows
         num_preemptions = self._counters.num_preemptions
         # Sequences with one row to go first: a long prompt must not delay running streams.
-        ready = [s for s in self._running if not s.out_of_credit]
+        ready = [s for s in self._running if not (s.held or s.out_of_credit)]
         late = [s for s in ready if len(s.tokens) - s.num_computed > 1]
         if late:
             ready = [s for s in ready if len(s.tokens) - s.num_computed <= 1] + late
@@ -188,7 +190,7 @@ class Scheduler:
 
     def _admit(self, budget: int, entries: list[SequencePlan], now_s: float) -> None:
         while self._waiting and budget > 0:
-            seq = next((s for s in self._waiting if not s.out_of_credit), None)
+            seq = next((s for s in self._waiting if not s.stalled), None)
             if seq is None:
                 return
             request = self._owner[seq.seq_id]
@@ -204,14 +206,21 @@ class Scheduler:
             bisect.insort(self._running, seq, key=_rank)
             seq.state = SequenceState.RUNNING
             if request.num_cached is None:
-                request.num_cached = min(seq.num_computed, seq.prompt_len)
-                request.admitted_s = now_s
-                request.queue_ms = (now_s - request.arrived_s) * 1000
-                self._counters.prefix_queries += seq.prompt_len
-                self._counters.prefix_hits += request.num_cached
+                self._admitted(request, seq, now_s)
             self._planned[seq.seq_id] = seq
             entries.append(self._entry(seq, rows))
             budget -= rows
+
+    def _admitted(self, request: Request, seq: Sequence, now_s: float) -> None:
+        """Its first sequence has a seat."""
+        request.admitted_s = now_s
+        request.queue_ms = (now_s - request.arrived_s) * 1000
+        request.num_cached = 0
+        # What a transfer brought is no hit of the prefix cache: the client was told of those already.
+        if not request.claimed:
+            request.num_cached = min(seq.num_computed, seq.prompt_len)
+            self._counters.prefix_queries += seq.prompt_len
+            self._counters.prefix_hits += request.num_cached
 
     def _start(self, seq: Sequence, request: Request, budget: int) -> int:
         """Give a waiting sequence its first pages; 0 rows (and no pages kept) if it must wait."""
@@ -233,12 +242,12 @@ class Scheduler:
         return 0
 
     def _park(self) -> bool:
-        """A running sequence that waits for its reader gives up its seat and keeps its pages.
+        """A running sequence that waits for its reader, or is held, gives up its seat and keeps its pages.
 
         Else slow readers, and choices that a stop string ended at the front, would keep others from
         running; with n choices on fewer seats a request would wait for itself for ever.
         """
-        idle = [s for s in self._running if s.out_of_credit]
+        idle = [s for s in self._running if s.stalled]
         if not idle:
             return False
         seq = max(idle, key=_rank)
@@ -251,18 +260,18 @@ class Scheduler:
         """Pages for `seq`, the first to be admitted, from one that cannot use its own before `seq` runs.
 
         That is who waits behind it (a choice just forked holds pages while it waits), else both would wait
-        for ever; and, waiting or running, who waits for its reader. They compute them again later.
+        for ever; and, waiting or running, who waits for its reader or is held. They compute them again later.
         """
         holders = self._idle_holders(seq)
-        holders += [s for s in self._running if s.out_of_credit]
+        holders += [s for s in self._running if s.stalled]
         if not holders:
             return False
-        self._preempt(max(holders, key=_rank))
+        self._preempt(self._last(holders, seq))
         return True
 
     def _idle_holders(self, seq: Sequence) -> list[Sequence]:
         """Waiting sequences whose pages `seq` may take: it goes before them, or they wait for a reader."""
-        return [s for s in self._waiting if s.table is not None and (s.rank > seq.rank or s.out_of_credit)]
+        return [s for s in self._waiting if s.table is not None and (s.rank > seq.rank or s.stalled)]
 
     def _displace(self, newcomer: Request) -> bool:
         """Preempt the last-ranked running sequence if the order lets `newcomer` do so."""
@@ -277,7 +286,13 @@ class Scheduler:
     def _victim(self, seq: Sequence) -> Sequence | None:
         """Who gives pages to `seq`: waiting sequences that hold some, then the last-ranked running one."""
         pool = self._idle_holders(seq) or self._running
-        return max(pool, key=_rank) if pool else None
+        return self._last(pool, seq) if pool else None
+
+    def _last(self, pool: list[Sequence], seq: Sequence) -> Sequence:
+        """The last-ranked one; if others behind `seq` do, not one whose pages are pinned for a transfer: that
+        would give nothing at once."""
+        free = [s for s in pool if s.rank > seq.rank and not self._owner[s.seq_id].moving]
+        return max(free or pool, key=_rank)
 
     def _preempt(self, seq: Sequence) -> None:
         """Free the pages; the sequence is behind by everything again and waits in its old place."""
@@ -331,6 +346,34 @@ class Scheduler:
             prompt=tuple(seq.tokens[: seq.prompt_len]) if history else (),
             output=tuple(seq.tokens[seq.prompt_len :]) if history else (),
         )
+
+    # -- hand-over ------------------------------------------------------------------------------
+
+    def find(self, request_id: str, owner: int) -> Request | None:
+        return self._requests.get((owner, request_id))
+
+    def hold(self, request: Request, held: bool = True) -> None:
+        """Plan none of its sequences, or plan them again."""
+        for seq in request.sequences:
+            seq.held = held
+
+    def claim(self, request: Request, manifest: Manifest, slots: Slots) -> int:
+        """Let the sequences go on from KV that has arrived in `slots`; the rows that need not be computed."""
+        num_rows = claim_pages(self._memory, request, manifest, slots)
+        for seq in request.sequences:
+            self._load.count(seq)
+        return num_rows
+
+    def take_copies(self) -> StepPlan | None:
+        """Page copies that are due: before the pages at either end change hands otherwise than by a plan."""
+        if not self._copies:
+            return None
+        copies, self._copies = tuple(self._copies), []
+        return StepPlan(step=self._step, sequences=(), copies=copies)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
 
     # -- absorb -------------------------------------------------------------------------------
 

@@ -235,6 +235,7 @@ class Supervisor:
                 phases=phases_in_order(slot.role),
                 num_restarts=slot.num_starts - 1,
                 pulses=engine.pulses,
+                endpoints=engine.endpoints,
             ),
             cause_of=engine.cause,
             on_hung=engine.kill,

@@ -187,7 +187,7 @@ class RoleKeeper:
         if instance is not None:
             left = self._left.setdefault(name, {})
             for phase in before.phases - phases:
-                left[phase] = {*instance.requests, *self._placer.coming.to(name)}
+                left[phase] = {*instance.requests, *instance.inbound}
             self._note_drained(instance, after)
         self._arm()
         return self._board.standing(name)
@@ -199,7 +199,7 @@ class RoleKeeper:
             if phase not in standing.old_phases:
                 del left[phase]
                 continue
-            here = {*instance.requests, *self._placer.coming.to(instance.name)}
+            here = {*instance.requests, *instance.inbound}
             left[phase] = {
                 request_id
                 for request_id in left[phase] & here

@@ -15,7 +15,6 @@ from xllm.config import FrontConfig
 from xllm.service.roles.board import Phases
 from xllm.service.router.base import InstanceView, Placement, RequestView, RouterSnapshot
 from xllm.service.router.disaggregated import place
-from xllm.service.router.memory import Coming
 from xllm.service.router.registry import load_policy
 from xllm.types import DECODE, MIXED, PREFILL
 
@@ -207,19 +206,3 @@ def test_whatever_the_roles_it_is_placed_once_where_there_is_room_or_nobody_has_
         assert "decode" in roomy[placement.decode].phases
         assert not ask.num_emitted
     assert place(load_policy(name), ask, snapshot, FrontConfig()) == placement
-
-
-def test_what_is_coming_is_counted_until_it_is_settled_or_its_place_is_gone() -> None:
-    coming = Coming()
-    coming.expect("r1", "d", 2, 100)
-    coming.expect("r2", "d", 1, 50)
-    assert coming.at("d") == (3, 250)
-    coming.expect("r2", "e", 1, 60)
-    assert (coming.at("d"), coming.at("e")) == ((2, 200), (1, 60))
-    assert coming.to("d") == ("r1",)
-    coming.settled("r1")
-    coming.settled("r1")
-    assert coming.at("d") == (0, 0)
-    coming.purge("e")
-    coming.settled("r2")
-    assert coming.at("e") == (0, 0)
