@@ -15,7 +15,6 @@ from xllm.service.roles.control import ControlState, RoleLimits, RoleView, tick
 from xllm.service.roles.monitor import LoadMonitor
 from xllm.service.router.base import InstanceView, RequestView, RouterSnapshot
 from xllm.service.router.disaggregated import place
-from xllm.service.router.memory import Coming
 from xllm.service.router.registry import load_policy
 from xllm.types import EngineSnapshot
 
@@ -84,7 +83,7 @@ class Cluster:
         self._engines = {name: Engine(name) for name in roles}
         self._adaptive = adaptive
         self._noise = noise
-        self._state, self._monitor, self._coming = ControlState(), LoadMonitor(), Coming()
+        self._state, self._monitor = ControlState(), LoadMonitor()
         self._rng = random.Random(seed)
         self._num = 0
 
@@ -126,8 +125,6 @@ class Cluster:
         )
         self.requests.append(request)
         self._engines[placement.instance].waiting.append(request)
-        if placement.decode is not None:
-            self._coming.expect(request.id, placement.decode, 1, length)
         self._monitor.arrived("m", length)
 
     def _step(self, engine: Engine) -> None:
@@ -152,7 +149,6 @@ class Cluster:
         for request in done:
             engine.waiting.remove(request)
             request.out, request.first_ms, request.last_ms = 1, end_ms, end_ms
-            self._coming.settled(request.id)
             if request.output > 1:
                 self._engines[request.decode or engine.name].streams.append(request)
 
@@ -161,7 +157,7 @@ class Cluster:
 
     def _view(self, engine: Engine) -> InstanceView:
         standing = self.board.standing(engine.name)
-        coming_reqs, coming_tokens = self._coming.at(engine.name)
+        coming = [r for e in self._engines.values() for r in e.waiting if r.decode == engine.name]
         return InstanceView(
             name=engine.name,
             num_reqs=len(engine.waiting) + len(engine.streams),
@@ -176,8 +172,8 @@ class Cluster:
             ),
             phases=standing.phases,
             old_phases=standing.old_phases,
-            coming_reqs=coming_reqs,
-            coming_tokens=coming_tokens,
+            coming_reqs=len(coming),
+            coming_tokens=sum(r.prompt for r in coming),
         )
 
     def _look(self) -> None:

@@ -16,8 +16,9 @@ from xllm.types import EngineSnapshot
 from xllm.wire.messages import Stats
 
 
-def role(*phases: str) -> dict[str, Any]:
-    return {"about": InstanceAbout(phases=phases)}
+def role(*phases: str, endpoints: tuple[str, ...] = ("tcp:127.0.0.1:1",)) -> dict[str, Any]:
+    """`endpoints` () = nothing can be handed over to it or from it."""
+    return {"about": InstanceAbout(phases=phases, endpoints=endpoints)}
 
 
 async def pair(house: House, **how: Any) -> tuple[SampleEngine, SampleEngine]:
@@ -25,6 +26,11 @@ async def pair(house: House, **how: Any) -> tuple[SampleEngine, SampleEngine]:
     prefill = await house.engine(join=role("prefill"), **how)
     decode = await house.engine(join=role("decode"), **how)
     return prefill, decode
+
+
+def inbound(house: House, name: str) -> int:
+    """Requests that are to go on there."""
+    return sum(len(i.inbound) for i in house.front._catalogue.instances() if i.name == name)
 
 
 def standing(house: House, name: str) -> Standing:
@@ -39,10 +45,10 @@ async def test_new_requests_go_to_prefill_and_are_expected_at_decode(house: Hous
     await turns(lambda: len(prefill.request_ids) == 3)
     assert decode.request_ids == ()
     assert placed == [("engine-0", "engine-1")] * 3
-    assert house.front._placer.coming.at("engine-1") == (3, 15)
+    assert inbound(house, "engine-1") == 3
     for stream in streams:
         await stream.aclose()
-    assert house.front._placer.coming.at("engine-1") == (0, 0)
+    assert inbound(house, "engine-1") == 0
 
 
 async def test_a_group_is_ready_when_both_phases_are_there_and_stays_so_after_a_loss(house: House) -> None:
@@ -70,7 +76,8 @@ async def test_the_role_that_an_instance_was_given_outlives_its_process(house: H
 
 async def test_new_work_at_once_while_the_old_is_worked_off(house: House) -> None:
     engines = [
-        await house.engine(join=role(*p), auto=False) for p in (("prefill",), ("decode",), ("decode",))
+        await house.engine(join=role(*p, endpoints=()), auto=False)
+        for p in (("prefill",), ("decode",), ("decode",))
     ]
     stream = await house.submit(max_tokens=4)
     await turns(lambda: engines[0].request_ids != ())
@@ -90,7 +97,8 @@ async def test_new_work_at_once_while_the_old_is_worked_off(house: House) -> Non
 
 
 async def test_prompts_that_are_answered_are_worked_off(house: House) -> None:
-    prefill, _ = await pair(house, auto=False)
+    prefill = await house.engine(join=role("prefill", endpoints=()), auto=False)
+    await house.engine(join=role("decode", endpoints=()), auto=False)
     await house.engine(name="other", join=role("prefill"), auto=False)
     stream = await house.submit(max_tokens=4)
     await turns(lambda: prefill.request_ids != ())
@@ -107,7 +115,7 @@ async def test_what_is_on_its_way_to_a_former_decoder_counts_as_its_old_work(hou
     await pair(house, auto=False)
     await house.engine(name="other", join=role("mixed", "prefill", "decode"), auto=False)
     stream = await house.submit(max_tokens=4)
-    target = next(iter(house.front._placer.coming._pending.values()))[0]
+    target = next(i.name for i in house.front.snapshot().instances if inbound(house, i.name))
     house.front.set_role(target, "prefill", None, pinned=True)
     house.pass_time(1.2)
     assert standing(house, target).old_phases == {"decode"}
