@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from xllm.config.schema import TransferConfig
 from xllm.engine.kvtransfer.base import TransferEvent
-from xllm.engine.kvtransfer.memory import KVMemory, StepWatch
+from xllm.engine.kvtransfer.memory import KVMemory, StepWatch, anonymous_pages
 from xllm.engine.kvtransfer.plane import DataPlane
 from xllm.engine.kvtransfer.sharing import PageKind
+from xllm.engine.surviving import SharedPages
 from xllm.types import ModelCard
 from xllm.wire.hello import INSTANCE, Identity
 from xllm.wire.proof import ClusterKey
@@ -41,6 +42,12 @@ def open_plane(
     )
     plane.start()
     return plane
+
+
+def pages_for_peers(config: TransferConfig) -> SharedPages | None:
+    """Memory into which peers on this machine can write, for an engine that inherited none; None where it
+    would be of no use."""
+    return anonymous_pages() if config.transfer in ("auto", "shm") else None
 
 
 def peer_identity(peer_key: bytes, peer_id: str = "") -> Identity:
