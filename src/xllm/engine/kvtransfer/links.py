@@ -24,6 +24,8 @@ from xllm.wire.sockets import tune
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 256
+MAX_OUT_BYTES = 64 << 20
+"""Waiting for one peer to read: a manifest and what `senders` lets wait, with room to spare."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +133,9 @@ class Links:
         for connection in [c for c in self._connections if c.connected and c.wants_write]:
             with self._guarding(connection):
                 connection.flush(now_s)
+            if connection.out_bytes > MAX_OUT_BYTES:
+                # It asks and does not listen; pages never wait here in such numbers.
+                self.drop(connection, lost())
 
     def tick(self, active: Mapping[Connection, Iterable[str]], now_s: float) -> None:
         """`active`: connections with transfers under way, and what we send over each."""
