@@ -20,9 +20,9 @@ from xllm.service.instances.handshake import attach, start_engine
 from xllm.service.router.base import RouterPolicy
 from xllm.service.snapshot import FrontObserver
 from xllm.simulation.clock import VirtualClock
-from xllm.simulation.device import FULL, SMOLLM2_ON_TWO_CORES, Draws, build_device
+from xllm.simulation.device import FULL, MAX_MODEL_LEN, SMOLLM2_ON_TWO_CORES, Draws, build_device
 from xllm.simulation.engine import SimEngine
-from xllm.types import KVGroup
+from xllm.types import KVGroup, Phase
 
 START_TIMEOUT_S = 20.0
 RETRY_S = 0.25
@@ -40,6 +40,9 @@ class EngineShape:
     scheduler: SchedulerConfig = SchedulerConfig()
     step_time: StepCost = SMOLLM2_ON_TWO_CORES
     servers: bool = False
+    max_model_len: int = MAX_MODEL_LEN
+    page_bytes: int = 0
+    exact: bool = True
 
 
 def ignore_change(name: str, up: bool) -> None:
@@ -51,6 +54,7 @@ class SimCluster:
 
     `engines` holds the latest process of each name, `processes` all there ever were. `on_change(name,
     up)` tells when the front has taken an instance or lost it. `restart_s` by name: None = it stays away.
+    `phases` by name is the role that an instance starts with; mixed unless said.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class SimCluster:
         self.engines: dict[str, SimEngine] = {}
         self.processes: list[SimEngine] = []
         self.restart_s: dict[str, float | None] = {}
+        self.phases: dict[str, tuple[Phase, ...]] = {}
         self._shape = shape
         self._rng = rng
         self._latency_s = latency_s
@@ -96,7 +101,12 @@ class SimCluster:
                 ready,
                 name=name,
                 on_lost=lambda: self._lost(name),
-                about=InstanceAbout(address="simulated" if engine.server else "local", pulses=True),
+                about=InstanceAbout(
+                    address="simulated" if engine.server else "local",
+                    pulses=True,
+                    phases=self.phases.get(name, ("prefill", "decode")),
+                    endpoints=ready.endpoints,
+                ),
                 cause_of=None if engine.server else lambda: self._cause(engine),
                 on_hung=None if engine.server else engine.crash,
             )
@@ -136,6 +146,9 @@ class SimCluster:
             groups=self._shape.groups,
             config=self._shape.scheduler,
             step_time=self._shape.step_time,
+            max_model_len=self._shape.max_model_len,
+            page_bytes=self._shape.page_bytes,
+            exact=self._shape.exact,
         )
         engine = SimEngine(f"{name}/{len(self.processes)}", device, latency_s, server=self._shape.servers)
         self.engines[name] = engine

@@ -19,7 +19,7 @@ from xllm.cost import StepCost, attention_work
 from xllm.engine.core import EngineCore
 from xllm.engine.executor import InProcExecutor
 from xllm.engine.memory.manager import PageManager, pages_for
-from xllm.engine.plan import SequencePlan, SequenceResult, StepPlan, StepResult
+from xllm.engine.plan import ChoiceTokens, SampledToken, SequencePlan, SequenceResult, StepPlan, StepResult
 from xllm.engine.platform.null_runner import NullRunner, TokenPages
 from xllm.engine.sampling import Sampler
 from xllm.engine.scheduler.order import create_order
@@ -96,6 +96,26 @@ class SimRunner(NullRunner):
         return msgspec.structs.replace(known, seq_id=entry.seq_id)
 
 
+class TimeRunner(SimRunner):
+    """For experiments with time: one token for all; nothing is read, so nothing can be found wrong."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        return StepResult(step=plan.step, sequences=tuple(_same_token(entry) for entry in plan.sequences))
+
+    def check(self, entry: SequencePlan, tokens: Sequence[int]) -> None:
+        return
+
+
+def _same_token(entry: SequencePlan) -> SequenceResult:
+    if entry.sample is None:
+        return SequenceResult(seq_id=entry.seq_id)
+    drawn = tuple(ChoiceTokens(choice=c, tokens=_TOKEN) for c in entry.sample.choices)
+    return SequenceResult(seq_id=entry.seq_id, choices=drawn)
+
+
+_TOKEN = (SampledToken(token_id=5),)
+
+
 class WrongKvError(Exception):
     """A sequence stood on pages that hold something else than its tokens: a bug, whatever comes of it."""
 
@@ -168,8 +188,11 @@ def build_device(
     step_time: StepCost = SMOLLM2_ON_TWO_CORES,
     model_id: str = "simulated",
     numerics_class: str = NUMERICS_CLASS,
+    max_model_len: int = MAX_MODEL_LEN,
+    page_bytes: int = 0,
+    exact: bool = True,
 ) -> Device:
-    """A fresh engine core; `num_pages` per KV group."""
+    """A fresh engine core; `num_pages` per KV group. Not `exact`: only its times mean something."""
     config = config or SchedulerConfig()
     layout = KVLayout(groups=groups, dtype="float32")
     memory = PageManager(groups, [num_pages] * len(groups), enable_prefix_caching=True)
@@ -178,10 +201,10 @@ def build_device(
         memory,
         create_order(config.scheduling_policy),
         numerics_class=numerics_class,
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=max_model_len,
         eos_token_ids=(EOS,),
     )
-    runner = SimRunner(layout, num_pages, draws)
+    runner = (SimRunner if exact else TimeRunner)(layout, num_pages, draws)
     executor = SimExecutor(runner, step_time, lambda seq_id: scheduler._planned[seq_id].tokens)
     card = ModelCard(
         model_id=model_id,
@@ -191,7 +214,7 @@ def build_device(
         dtype="float32",
         vocab_size=VOCAB_SIZE,
         head_width=VOCAB_SIZE,
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=max_model_len,
         eos_token_ids=(EOS,),
         assets={name: hashlib.sha256(data).hexdigest() for name, data in TEXT_ASSETS.items()},
         kv_layout_digest=layout.digest(),
@@ -199,6 +222,7 @@ def build_device(
         deterministic=True,
         page_size=64,
         num_pages=num_pages * len(groups),
+        page_bytes=page_bytes,
     )
     return Device(
         core=EngineCore(card, scheduler, memory, executor, clock),
