@@ -17,6 +17,11 @@ def new_request_id() -> str:
     return f"{_draw_bits(128):032x}"
 
 
+def new_transfer_id() -> str:
+    """The name of a transfer between engines; who knows it may bring or fetch its pages."""
+    return f"{_draw_bits(128):032x}"
+
+
 def new_seed() -> int:
     """A seed drawn by the front when the request brings none; recorded, so resume is exact."""
     return _draw_bits(63)

@@ -16,9 +16,12 @@ from xllm.config import FrontConfig
 from xllm.errors import CapacityError, InternalError, RequestError, UnavailableError, XllmError
 from xllm.service.admission import Admission
 from xllm.service.catalogue import Catalogue, no_instance
+from xllm.service.eligible import large_enough, preferred
 from xllm.service.failover.blame import Blame, DeathCause
 from xllm.service.failover.decision import move_cost
 from xllm.service.failover.resume import MAX_REFUSALS, ResumeQueue, retry_delay_s
+from xllm.service.handover.moves import Moves, Pending
+from xllm.service.handover.record import Reason
 from xllm.service.instances.instance import Instance
 from xllm.service.live import LiveRequest
 from xllm.service.placer import Choice, Placer
@@ -26,7 +29,7 @@ from xllm.service.snapshot import FrontObserver
 from xllm.service.stream import Delta
 from xllm.service.ticket import Ticket
 from xllm.types import FinishReason, RequestSpec
-from xllm.wire.messages import Abort, Frame, Submit
+from xllm.wire.messages import Abort, CancelTransfer, Frame, Moved, Submit
 
 log = logging.getLogger(__name__)
 decisions = logging.getLogger("xllm.decisions")
@@ -43,6 +46,7 @@ class Dispatch:
         placer: Placer,
         admission: Admission,
         observer: FrontObserver,
+        moves: Moves,
         *,
         on_draining: Callable[[Instance], None],
     ) -> None:
@@ -58,6 +62,7 @@ class Dispatch:
         self._placer = placer
         self._admission = admission
         self._observer = observer
+        self._moves = moves
         self._on_draining = on_draining
         self._queue = ResumeQueue(config.max_resumes)
         self._blame = Blame()
@@ -72,7 +77,7 @@ class Dispatch:
 
     def choose(self, spec: RequestSpec, candidates: Sequence[Instance]) -> Choice | None:
         """Where a new request goes; `begin` or `decline` follows. None when all are full."""
-        return self._placer.choose(spec, _large_enough(spec, candidates))
+        return self._placer.choose(spec, large_enough(spec, candidates))
 
     def decline(self, request_id: str) -> None:
         """What was chosen for a new request is not needed: it was not admitted."""
@@ -88,7 +93,8 @@ class Dispatch:
     def end(self, live: LiveRequest, *, abort: bool) -> Ticket:
         """The request has ended; `abort` = its engine may not know."""
         ticket = self.tickets.pop(live.request_id)
-        instance = self._leave(ticket)
+        instance, _ = self._leave(ticket, "ended")
+        self._drop_offer(ticket)
         if instance is not None and abort:
             instance.post(Abort(request_id=live.request_id, attempt=live.journal.attempt))
         self._queue.drop(live.request_id)
@@ -103,7 +109,8 @@ class Dispatch:
         if ticket is None:
             return  # it ended here (stop string, abort) before the engine heard of it
         if ticket.instance is not instance:
-            self.num_stale_frames += 1  # not its business any more, or never was
+            # Not its business any more, or never was. That it has heard an abort is no news.
+            self.num_stale_frames += frame.finish_reason is not FinishReason.ABORT
             return
         if frame.last and frame.attempt == ticket.journal.attempt and self._not_here(ticket, instance, frame):
             return
@@ -115,6 +122,7 @@ class Dispatch:
             ticket.grow(len(delta.token_ids))
             return
         ticket.answer()
+        self._moves.answered(ticket.live.request_id)
         if ticket.gap_from_s is not None:
             gap_s, ticket.gap_from_s = now_s - ticket.gap_from_s, None
             self._observer.on_resumed(ticket.live.request_id, ticket.last_name, gap_s)
@@ -133,7 +141,7 @@ class Dispatch:
             return given_up
         error = frame.error.to_error()
         # A smaller engine cannot take what a larger one had begun; that is no fault of the request.
-        too_small = isinstance(error, RequestError) and ticket.num_moves > 0
+        too_small = isinstance(error, RequestError) and ticket.has_begun
         if too_small or isinstance(error, CapacityError | UnavailableError):
             self._refused(ticket, instance, error)
             return True
@@ -141,13 +149,13 @@ class Dispatch:
 
     def _refused(self, ticket: Ticket, instance: Instance, error: XllmError) -> None:
         """The instance would not take it. Its client sees that only if nobody will and nothing has begun."""
-        self._leave(ticket)
+        self._leave(ticket, "refused")
         ticket.avoid = instance
         ticket.num_refusals += 1
         ticket.refused_by.add(instance.name)
         if error.code == "draining":
             self._on_draining(instance)
-        elif ticket.num_moves == 0 or isinstance(error, RequestError):
+        elif not ticket.has_begun or isinstance(error, RequestError):
             others = [i for i in self._catalogue.routable(ticket.model_id) if i.name not in ticket.refused_by]
             if not others or ticket.num_refusals > MAX_REFUSALS:
                 ticket.live.fail(error, abort=False)
@@ -156,10 +164,75 @@ class Dispatch:
         self._queue.wait(ticket.live.request_id, ticket.age, not_before_s=not_before_s)
         self.pump()
 
+    # -- handing over -----------------------------------------------------------------------------------
+
+    def move(self, request_id: str, target: str, reason: Reason = "asked") -> str:
+        """Let a running request go on at the instance of that name. "" = it is under way; else why not.
+
+        Until it is there it runs where it is; whatever fails on the way leaves it there.
+        """
+        ticket, instance = self.tickets.get(request_id), self._catalogue.get(target)
+        if ticket is None:
+            return "no_such_request"
+        return "target_gone" if instance is None else self._moves.begin(ticket, instance, reason)
+
+    def moved(self, instance: Instance, message: Moved) -> None:
+        """The answer to a Move."""
+        move = self._moves.settle(instance, message)
+        ticket = self.tickets.get(message.request_id)
+        if ticket is None or ticket.instance is not instance or message.error is not None:
+            return
+        if message.attempt != ticket.journal.attempt:
+            return
+        if move is not None and move.target.routable:
+            self._switch(ticket, move)
+            return
+        # It holds still there, and nobody waits for it or nobody is there to take it: it goes on anywhere.
+        # The cheapest place is where it was, whose pages are all there.
+        instance.post(Abort(request_id=message.request_id, attempt=message.attempt))
+        self._take_back(ticket, instance, "handover", 0.0)
+        ticket.avoid = None
+        self.pump()
+
+    def deserted(self, instance: Instance) -> None:
+        """Nothing is to be moved there any more."""
+        self._moves.deserted(instance)
+
+    def _switch(self, ticket: Ticket, move: Pending) -> None:
+        """Its sequences hold still, and the target has them: from here on it is the target's.
+
+        The new attempt is posted before the old one is ended, so that there is no moment in which no engine
+        has the request.
+        """
+        target = move.target
+        self._leave(ticket, "handed_over")
+        if ticket.gap_from_s is None:
+            ticket.gap_from_s = ticket.last_s
+        ticket.num_handovers += 1
+        choice = self._placer.direct(
+            ticket.journal.spec,
+            target,
+            reasons=(f"handover={move.reason}", f"from={move.source.name}"),
+            num_matched=ticket.num_tokens - 1,
+        )
+        self._note_class(ticket, target)
+        self._place(
+            ticket, choice, ticket.live.begin_attempt(), transfer_id=move.transfer_id, sources=move.sources
+        )
+        self._moves.release(move)
+
+    def _drop_offer(self, ticket: Ticket) -> None:
+        """Nobody will go where its pages may be."""
+        if ticket.offer is not None:
+            target, transfer_id = ticket.offer
+            ticket.offer = None
+            target.post(CancelTransfer(transfer_id=transfer_id))
+
     # -- moving ---------------------------------------------------------------------------------------
 
     def evict(self, instance: Instance, cause: str, *, hold: bool = False) -> tuple[str, ...]:
         """Take all requests off the instance, oldest first; with `hold` they wait for a verdict."""
+        self._moves.deserted(instance)
         evicted = sorted((self.tickets[rid] for rid in instance.requests), key=lambda t: t.age)
         for ticket in evicted:
             instance.post(Abort(request_id=ticket.live.request_id, attempt=ticket.journal.attempt))
@@ -169,7 +242,11 @@ class Dispatch:
         return tuple(t.live.request_id for t in evicted)
 
     def _take_back(self, ticket: Ticket, instance: Instance, cause: str, not_before_s: float) -> None:
-        self._leave(ticket)
+        # Once it has answered, all but the last of its pages may be where it was being moved.
+        began = ticket.answered
+        _, move = self._leave(ticket, cause, keep_target=began)
+        if move is not None and began:
+            ticket.offer = (move.target, move.transfer_id)
         ticket.avoid = instance
         ticket.num_moves += 1
         ticket.moved_from, ticket.moved_cause = instance, cause
@@ -212,7 +289,8 @@ class Dispatch:
             self._pumping = False
 
     def expire(self) -> None:
-        """End those that have had no instance to go to for too long."""
+        """End those that have had no instance to go to for too long, and moves that were not answered."""
+        self._moves.expire(self._clock.monotonic_s())
         for request_id in self._queue.expired(self._clock.monotonic_s(), self._config.recovery_grace_s):
             self.tickets[request_id].live.fail(no_instance(), abort=False)
 
@@ -231,11 +309,12 @@ class Dispatch:
             full.add(ticket.model_id)
             return
         at_risk = self._blame.at_risk(request_id, journal.num_committed)
-        open_ = [i for i in _preferred(ticket, candidates) if self._queue.has_room(i.name, at_risk=at_risk)]
+        open_ = [i for i in preferred(ticket, candidates) if self._queue.has_room(i.name, at_risk=at_risk)]
         if not open_:
             return
+        offer = ticket.offer
         try:
-            chosen = self._placer.choose(
+            chosen = self._at_offer(ticket, open_) or self._placer.choose(
                 journal.spec,
                 open_,
                 emitted=journal.choices[0].tokens,
@@ -251,7 +330,18 @@ class Dispatch:
             return
         self._queue.took_over(request_id, chosen.instance.name, at_risk=at_risk)
         self._note_class(ticket, chosen.instance)
-        self._place(ticket, chosen, ticket.live.begin_attempt())
+        transfer_id = ""
+        if offer is not None and offer[0] is chosen.instance:
+            transfer_id, ticket.offer = offer[1], None
+        self._drop_offer(ticket)
+        self._place(ticket, chosen, ticket.live.begin_attempt(), transfer_id=transfer_id)
+
+    def _at_offer(self, ticket: Ticket, open_: Sequence[Instance]) -> Choice | None:
+        """Where it was being moved when it lost its instance: what arrived there need not be computed."""
+        if ticket.offer is None or ticket.offer[0] not in open_:
+            return None
+        spec, reasons = ticket.journal.spec, ("handover=cut_off", f"from={ticket.last_name}")
+        return self._placer.direct(spec, ticket.offer[0], reasons=reasons)
 
     def _note_class(self, ticket: Ticket, instance: Instance) -> None:
         """Tokens of another class, or of one that promises nothing, may go on differently: say so."""
@@ -266,17 +356,32 @@ class Dispatch:
                 instance.name,
             )
 
-    def _leave(self, ticket: Ticket) -> Instance | None:
-        self._placer.settled(ticket.live.request_id)
-        return ticket.leave()
+    def _leave(
+        self, ticket: Ticket, code: str, *, keep_target: bool = False
+    ) -> tuple[Instance | None, Pending | None]:
+        """Off its instance; where it was, and the move that this has cut off."""
+        request_id = ticket.live.request_id
+        self._placer.settled(request_id)
+        move = self._moves.left(request_id, code, keep_target=keep_target)
+        return ticket.leave(), move
 
-    def _place(self, ticket: Ticket, choice: Choice, spec: RequestSpec) -> None:
+    def _place(
+        self,
+        ticket: Ticket,
+        choice: Choice,
+        spec: RequestSpec,
+        *,
+        transfer_id: str = "",
+        sources: tuple[str, ...] = (),
+    ) -> None:
         instance = choice.instance
         ticket.enter(instance, choice.num_matched)
         ticket.numerics_class = instance.card.numerics_class
         self._admission.placed(spec.request_id, instance.name)
-        instance.post(Submit(spec=spec))
+        instance.post(Submit(spec=spec, transfer_id=transfer_id, sources=sources))
         self._observer.on_placed(spec.request_id, choice.placement, spec.attempt)
+        if choice.decode is not None and spec.params.max_tokens != 1:
+            self._moves.begin(ticket, choice.decode, "prefill")
         source = ticket.moved_from
         if source is None:
             return
@@ -290,18 +395,3 @@ class Dispatch:
             page_bytes=instance.card.page_bytes,
         )
         self._observer.on_moved(spec.request_id, source.name, instance.name, ticket.moved_cause, gap_s, cost)
-
-
-def _preferred(ticket: Ticket, candidates: Sequence[Instance]) -> Sequence[Instance]:
-    """Those that continue bit for bit, if any; of these, those that it does not come from, if any."""
-    pool = _large_enough(ticket.journal.spec, candidates)
-    if ticket.journal.num_committed > 0:
-        pool = [i for i in pool if i.card.numerics_class == ticket.numerics_class] or pool
-    fresh = [i for i in pool if i.name not in ticket.refused_by and i is not ticket.avoid]
-    return fresh or [i for i in pool if i is not ticket.avoid] or pool
-
-
-def _large_enough(spec: RequestSpec, candidates: Sequence[Instance]) -> Sequence[Instance]:
-    """Instances of one model may be set to different lengths. If none fits, one of them will say so."""
-    need = len(spec.prompt_token_ids) + (spec.params.max_tokens or 1)
-    return [i for i in candidates if need <= i.card.max_model_len] or candidates

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 from xllm.clock import Clock
 from xllm.config import FrontConfig
@@ -19,6 +20,9 @@ from xllm.service.choice_text import choice_text
 from xllm.service.dispatch import Dispatch
 from xllm.service.draft import RequestDraft
 from xllm.service.guard import Guard
+from xllm.service.handover.links import Links
+from xllm.service.handover.moves import Moves
+from xllm.service.handover.pair import usable_endpoints
 from xllm.service.instances.about import InstanceAbout
 from xllm.service.instances.instance import CauseOf, Instance, InstanceHooks
 from xllm.service.journal import RequestJournal
@@ -62,6 +66,8 @@ class Front:
         self._guard = Guard(config, clock, self._catalogue, self._observer)
         policy = router if router is not None else load_policy(config.router_policy)
         self._placer = placer = Placer(config, policy)
+        self._links = Links()
+        self._moves = Moves(config, clock, self._observer, self._links)
         self._dispatch = Dispatch(
             config,
             clock,
@@ -69,6 +75,7 @@ class Front:
             placer,
             self._admission,
             self._observer,
+            self._moves,
             on_draining=self._guard.begin_drain,
         )
         self._guard.connect(self._dispatch, placer)
@@ -101,8 +108,12 @@ class Front:
         """
         if isinstance(card, Ready):
             max_reqs = card.max_reqs if max_reqs is None else max_reqs
-            about = InstanceAbout(pid=card.pid, phases=card.phases) if about is None else about
+            if about is None:
+                about = InstanceAbout(pid=card.pid, phases=card.phases)
+            about = replace(about, endpoints=about.endpoints or card.endpoints)
             card = card.card
+        if about is not None:
+            about = replace(about, endpoints=usable_endpoints(about.endpoints))
         instance = Instance(
             stream, card, name=name, max_reqs=max_reqs, about=about, cause_of=cause_of, on_hung=on_hung
         )
@@ -122,6 +133,7 @@ class Front:
                 heard=guard.heard,
                 pulse=guard.pulse,
                 kv=guard.pages,
+                moved=self._dispatch.moved,
             )
         )
         try:
@@ -279,6 +291,9 @@ class Front:
             num_quarantined=dispatch.num_quarantined,
             num_nonexact_resumes=dispatch.num_nonexact,
             num_kv_gaps=guard.num_kv_gaps,
+            num_moving=len(self._moves),
+            num_handovers=dict(self._moves.num_by_outcome),
+            num_transfer_failures=dict(self._moves.num_failures),
             instances=tuple(self._instance_snapshot(i) for i in self._catalogue.instances()),
         )
 

@@ -112,6 +112,7 @@ class Guard:
         instance.drain_due_s = due_s if instance.drain_due_s is None else min(due_s, instance.drain_due_s)
         if not instance.draining:
             instance.draining = True
+            self._moves.deserted(instance)
             self._tell(instance, "drain")
         self._arm()
 

@@ -6,8 +6,8 @@ Fills in what a policy may look at, page index included. Sends nothing; observer
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from xllm.config import FrontConfig
 from xllm.errors import InternalError
@@ -24,11 +24,17 @@ Chain = tuple[bytes, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """`num_matched` tokens are readable at the instance now, in any tier."""
+    """`num_matched` tokens are readable at the instance now, in any tier. `decode`: where it goes on after
+    its first token; None = it stays. `chain` names the full pages of the prompt, `root` is their first
+    parent; `holders` says how many of the first ones who has."""
 
     instance: Instance
     placement: Placement
     num_matched: int
+    decode: Instance | None = None
+    root: bytes = b""
+    chain: Chain = ()
+    holders: Mapping[str, int] = field(default_factory=dict)
 
 
 class Placer:
@@ -49,11 +55,12 @@ class Placer:
         emitted: Sequence[int] = (),
         num_emitted: int = 0,
         attempt: int = 0,
+        remember: bool = True,
     ) -> Choice | None:
         """Where the request goes; None when no candidate has room. `candidates` are sorted, not empty.
 
         `emitted` are tokens that follow the prompt in its pages, `num_emitted` those of all choices. What
-        was chosen counts as placed there until `settled`.
+        was chosen counts as placed there until `settled`, unless it is only asked (`remember` False).
         """
         prompt = spec.prompt_token_ids
         view = RequestView(
@@ -82,14 +89,31 @@ class Placer:
         placement = self._policy(view, snapshot, self._config)
         if placement is None:
             return None
-        self._turns[spec.model] += 1
-        chosen = next((i for i in candidates if i.name == placement.instance), None)
-        if chosen is None:
-            raise InternalError("the router policy chose an instance that it was not offered")
+        chosen = _named(placement.instance, candidates)
+        decode = None if placement.decode is None else _named(placement.decode, candidates)
         cls = chosen.card.numerics_class
-        self._memory.placed(spec.request_id, chosen.name, placement.work_ms, names, chains[cls])
-        num_matched = sum(num for _, num in found[cls].get(chosen.name, ())) * PAGE_SIZE
-        return Choice(instance=chosen, placement=placement, num_matched=num_matched)
+        if remember:
+            self._turns[spec.model] += 1
+            self._memory.placed(spec.request_id, chosen.name, placement.work_ms, names, chains[cls])
+        holders = {name: sum(num for _, num in tiers) for name, tiers in found[cls].items()}
+        return Choice(
+            instance=chosen,
+            placement=placement,
+            num_matched=holders.get(chosen.name, 0) * PAGE_SIZE,
+            decode=None if decode is chosen else decode,
+            root=root_digest(cls, spec.adapter, spec.cache_salt),
+            chain=chains[cls],
+            holders=holders,
+        )
+
+    def direct(
+        self, spec: RequestSpec, instance: Instance, *, reasons: tuple[str, ...], num_matched: int = 0
+    ) -> Choice:
+        """No choice: its pages are, or may be, at this instance. Remembered as any other placement."""
+        chain = _chain(instance.card.numerics_class, spec, spec.prompt_token_ids)
+        self._memory.placed(spec.request_id, instance.name, 0.0, (), chain)
+        placement = Placement(instance=instance.name, reasons=reasons)
+        return Choice(instance=instance, placement=placement, num_matched=num_matched)
 
     def settled(self, request_id: str) -> None:
         """It has left its instance or ended, or was not placed after all. An answer settles nothing: the
@@ -106,6 +130,13 @@ class Placer:
         self._memory.purge(name)
 
 
+def _named(name: str, candidates: Sequence[Instance]) -> Instance:
+    chosen = next((i for i in candidates if i.name == name), None)
+    if chosen is None:
+        raise InternalError("the router policy chose an instance that it was not offered")
+    return chosen
+
+
 def load_views(instances: Sequence[Instance]) -> tuple[InstanceView, ...]:
     """The loads alone, for a judgement that asks for no prompt."""
     return tuple(_view(i, (), 0.0) for i in instances)
@@ -114,11 +145,11 @@ def load_views(instances: Sequence[Instance]) -> tuple[InstanceView, ...]:
 def _view(instance: Instance, matched: tuple[tuple[str, int], ...], recent_ms: float) -> InstanceView:
     return InstanceView(
         name=instance.name,
-        num_reqs=len(instance.requests),
+        num_reqs=len(instance.requests) + len(instance.inbound),
         max_reqs=instance.max_reqs,
         engine=instance.snapshot,
         backlog_tokens=instance.backlog_tokens,
-        context_tokens=instance.context_tokens,
+        context_tokens=instance.context_tokens + sum(instance.inbound.values()),
         matched=matched,
         recent_ms=recent_ms,
     )

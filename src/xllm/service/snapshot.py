@@ -10,6 +10,7 @@ from typing import Protocol
 
 from xllm.service.draft import RequestDraft
 from xllm.service.failover.decision import MoveCost
+from xllm.service.handover.record import HandoverRecord
 from xllm.service.instances.about import InstanceAbout, InstanceState
 from xllm.service.router.base import Placement
 from xllm.service.stream import Delta, Usage
@@ -38,7 +39,9 @@ class FrontSnapshot:
     """`num_ended` counts requests by how they ended: a finish reason (of choice 0) or an error code.
 
     `num_waiting` requests have no instance now. `num_moves` (taken off an instance) are counted by why,
-    `num_deaths` of instances by cause (`failover.blame.DeathCause`).
+    `num_deaths` of instances by cause (`failover.blame.DeathCause`). `num_handovers` (pages taken along) are
+    counted by reason and outcome (`handover.record`), `num_transfer_failures` by code; `num_moving` are
+    under way.
     """
 
     num_inflight_reqs: int
@@ -56,6 +59,9 @@ class FrontSnapshot:
     num_quarantined: int
     num_nonexact_resumes: int
     num_kv_gaps: int
+    num_moving: int
+    num_handovers: dict[tuple[str, str], int]
+    num_transfer_failures: dict[str, int]
     instances: tuple[InstanceSnapshot, ...]
 
 
@@ -75,6 +81,7 @@ class RequestRecord:
     prefill_ms: float = 0.0
     num_attempts: int = 1
     num_moves: int = 0
+    num_handovers: int = 0
     num_preemptions: int = 0
     nonexact: bool = False
 
@@ -111,6 +118,9 @@ class FrontObserver(Protocol):
         `cause`: lost, suspect, drain or removed. `recompute_tokens` counts before any prefix hit.
         """
 
+    def on_handover(self, record: HandoverRecord) -> None:
+        """An order to hand a request over has its outcome; one that is `done` is placed next."""
+
     def on_resumed(self, request_id: str, instance: str, gap_s: float) -> None:
         """The first output after one or more moves, and how long its client waited for it."""
 
@@ -142,6 +152,9 @@ class NullObserver:
     def on_moved(
         self, request_id: str, source: str, target: str, cause: str, gap_s: float, cost: MoveCost
     ) -> None:
+        return
+
+    def on_handover(self, record: HandoverRecord) -> None:
         return
 
     def on_resumed(self, request_id: str, instance: str, gap_s: float) -> None:

@@ -38,6 +38,7 @@ class Tally:
             prefill_ms=journal.prefill_ms,
             num_attempts=journal.attempt + 1,
             num_moves=ticket.num_moves,
+            num_handovers=ticket.num_handovers,
             num_preemptions=journal.num_preemptions,
             nonexact=ticket.nonexact,
         )

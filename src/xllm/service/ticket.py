@@ -15,8 +15,8 @@ class Ticket:
 
     __slots__ = (
         "age", "answered", "avoid", "first_s", "gap_from_s", "instance", "last_name", "last_s", "live",
-        "model_id", "moved_cause", "moved_from", "nonexact", "num_moves", "num_refusals", "numerics_class",
-        "refused_by", "_backlog", "_context",
+        "model_id", "moved_cause", "moved_from", "nonexact", "num_handovers", "num_moves", "num_refusals",
+        "numerics_class", "offer", "refused_by", "_backlog", "_context",
     )  # fmt: skip
 
     def __init__(self, live: LiveRequest, model_id: str, age: int) -> None:
@@ -38,6 +38,10 @@ class Ticket:
         self.moved_from: Instance | None = None
         self.moved_cause = ""
         self.num_moves = 0
+        self.num_handovers = 0
+        """Moves that took its pages along: no token was computed again, and none of them counts as a loss."""
+        self.offer: tuple[Instance, str] | None = None
+        """While it waits: where its pages may be, and the name of the transfer that brought them."""
         self.num_refusals = 0
         self.nonexact = False
         self._backlog = 0
@@ -46,6 +50,11 @@ class Ticket:
     @property
     def journal(self) -> RequestJournal:
         return self.live.journal
+
+    @property
+    def has_begun(self) -> bool:
+        """It was accepted somewhere before: a refusal is the instance's affair, not its client's."""
+        return self.num_moves + self.num_handovers > 0
 
     @property
     def num_tokens(self) -> int:

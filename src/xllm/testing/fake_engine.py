@@ -1,7 +1,8 @@
 """`SampleEngine`: an engine without a model, over a memory stream, under a test's control.
 
 It keeps the engine's side of the contract (credit window, abort, n, one terminal frame per
-request) and says what the test's script says. No scheduler, no pages, no torch.
+request, a move holds once every choice has drawn a token) and says what the test's script says. No
+scheduler, no pages, no torch: what was "moved" here is computed there.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from itertools import cycle, islice
 
 from xllm.errors import ErrorInfo
 from xllm.testing.memory_stream import memory_pair
-from xllm.types import EngineSnapshot, FinishReason, ModelCard, RequestSpec
+from xllm.types import EngineSnapshot, FinishReason, ModelCard, RequestSpec, SamplingParams
 from xllm.wire.messages import (
     CREDIT_WINDOW,
     Abort,
     Asset,
     AssetRequest,
     Attach,
+    CancelTransfer,
     Committed,
     Drain,
     EngineMessage,
@@ -29,10 +31,15 @@ from xllm.wire.messages import (
     Frames,
     FrontMessage,
     Hello,
+    Move,
+    Moved,
     Ready,
     Start,
     Submit,
 )
+
+CANCELLED = ErrorInfo(kind="UnavailableError", code="cancelled", message="the transfer was given up")
+UNKNOWN = ErrorInfo(kind="NotFoundError", code="not_found", message="there is no such request here")
 
 Script = Callable[[RequestSpec, int], Sequence[int]]
 """(spec, choice) → the tokens the choice would say if nothing stopped it."""
@@ -77,8 +84,13 @@ class _Choice:
 
 @dataclass(slots=True)
 class _Request:
+    """`move` is under way; `num_before` = tokens said when it came. `holds`: it was answered."""
+
     spec: RequestSpec
     choices: list[_Choice] = field(default_factory=list)
+    move: Move | None = None
+    num_before: tuple[int, ...] = ()
+    holds: bool = False
 
 
 class SampleEngine:
@@ -99,6 +111,10 @@ class SampleEngine:
         self.num_steps = 0
         self.refusal: ErrorInfo | None = None
         self.draining = False
+        self.move_error: ErrorInfo | None = None
+        """What moves end with instead of a success."""
+        self.hands_over = True
+        """Off: moves are not answered, until it is on again."""
         self._assets = {card.assets[name]: data for name, data in assets.items()}
         self._script = script
         self._auto = auto
@@ -130,7 +146,37 @@ class SampleEngine:
         if frames:
             self.num_steps += 1
             self.say(*frames)
+        for request in self._requests.values():
+            self._answer_move(request)
         return bool(frames)
+
+    def _answer_move(self, request: _Request) -> None:
+        """After the frames of what was drawn, as an engine does."""
+        move = request.move
+        if move is None or request.holds or not self.hands_over:
+            return
+        pairs = zip(request.choices, request.num_before, strict=True)
+        if not all(choice.ended or choice.num_out > before for choice, before in pairs):
+            return
+        num_bytes = 1000 * sum(choice.num_out for choice in request.choices)
+        self._say_moved(request, move, self.move_error, num_bytes)
+
+    def _say_moved(self, request: _Request, move: Move, error: ErrorInfo | None, num_bytes: int = 0) -> None:
+        if error is None:
+            request.holds = True
+        else:
+            request.move = None
+        self.tell(
+            Moved(
+                request_id=move.request_id,
+                attempt=move.attempt,
+                transfer_id=move.transfer_id,
+                error=error,
+                num_bytes=num_bytes if error is None and move.mode == "push" else 0,
+                transfer_ms=2.0 if error is None and move.mode == "push" else 0.0,
+                exposed_ms=0.5 if error is None and move.mode == "push" else 0.0,
+            )
+        )
 
     def say(self, *frames: Frame) -> None:
         """Send frames as they are, true or not."""
@@ -206,8 +252,23 @@ class SampleEngine:
                 for request_id, choice, count in counts:
                     if request_id in self._requests:
                         self._requests[request_id].choices[choice].num_committed = count
+            case Move(request_id=request_id) as move:
+                self._move(move, self._requests.get(request_id))
+            case CancelTransfer(transfer_id=transfer_id):
+                for request in self._requests.values():
+                    # One that holds already stays so until its attempt is ended: the worst it may do.
+                    if request.move and request.move.transfer_id == transfer_id and not request.holds:
+                        self._say_moved(request, request.move, CANCELLED)
             case Drain():
                 self._auto = True
+
+    def _move(self, move: Move, request: _Request | None) -> None:
+        if request is None or request.spec.attempt != move.attempt or request.move is not None:
+            nobody = _Request(RequestSpec(request_id="", model="", segments=(), params=SamplingParams()))
+            self._say_moved(nobody, move, UNKNOWN)
+            return
+        request.move = move
+        request.num_before = tuple(choice.num_out for choice in request.choices)
 
     def _choice(self, spec: RequestSpec, index: int) -> _Choice:
         """Where an earlier attempt left off: what it emitted is output and is not said again."""
@@ -216,7 +277,9 @@ class SampleEngine:
         return _Choice(script, num_out=num_out, num_committed=num_out, ended=index in spec.ended)
 
     def _advance(self, request: _Request) -> list[Frame]:
-        frames = []
+        frames: list[Frame] = []
+        if request.holds:
+            return frames
         for index, choice in enumerate(request.choices):
             credit = choice.num_committed + CREDIT_WINDOW - choice.num_out
             if not choice.ended and credit > 0:

@@ -32,6 +32,7 @@ class FakeProcess:
         self.max_reqs = 8
         self.pulses = True
         self.incarnation = "life"
+        self.endpoints = ("tcp:127.0.0.1:1",)
         self.silent = False
         self.report = ()
         self.exit_code: int | None = None

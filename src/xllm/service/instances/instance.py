@@ -25,6 +25,7 @@ from xllm.wire.messages import (
     Frames,
     FrontMessage,
     KvDelta,
+    Moved,
     Pulse,
     Stats,
 )
@@ -49,6 +50,7 @@ class InstanceHooks:
     heard: Callable[[Instance], None]
     pulse: Callable[[Instance, Pulse], None]
     kv: Callable[[Instance, KvDelta], None]
+    moved: Callable[[Instance, Moved], None]
 
 
 class Instance:
@@ -79,6 +81,10 @@ class Instance:
         self.kv_asked = False
         self.snapshot = EngineSnapshot(total_pages=card.num_pages, free_pages=card.num_pages)
         self.requests: set[str] = set()
+        self.kept: set[str] = set()
+        """Requests that are elsewhere by now, whose pages are still to be fetched from here."""
+        self.inbound: dict[str, int] = {}
+        """Requests that are being moved here, with their tokens: load that is certain to come."""
         self.idle = asyncio.Event()
         self.idle.set()
         self.backlog_tokens = 0
@@ -122,7 +128,19 @@ class Instance:
         self.requests.discard(request_id)
         for choice in range(num_choices):
             self._commits.pop((request_id, choice), None)
-        if not self.requests:
+        self._note_idle()
+
+    def keep(self, request_id: str) -> None:
+        """It is elsewhere now, but this one has pages of it that must not go yet."""
+        self.kept.add(request_id)
+        self.idle.clear()
+
+    def let_go(self, request_id: str) -> None:
+        self.kept.discard(request_id)
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self.requests and not self.kept:
             self.idle.set()
 
     def post(self, message: FrontMessage) -> None:
@@ -202,6 +220,9 @@ class Instance:
         elif isinstance(message, KvDelta):
             hooks.progress(self)
             hooks.kv(self, message)
+        elif isinstance(message, Moved):
+            hooks.progress(self)
+            hooks.moved(self, message)
         elif isinstance(message, Stats):
             self.snapshot = message.snapshot
             hooks.heard(self)
@@ -210,7 +231,7 @@ class Instance:
             waiting = self._assets.get(message.digest)
             if waiting is not None and not waiting.done():
                 waiting.set_result(message.data)
-        elif not isinstance(message, Pulse | KvDelta):
+        else:
             log.warning("instance %s sent an unexpected %s", self.name, type(message).__name__)
 
     async def _write(self) -> None:

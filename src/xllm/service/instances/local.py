@@ -54,12 +54,14 @@ class LocalEngine:
         report: tuple[str, ...],
         max_reqs: int,
         incarnation: str = "",
+        endpoints: tuple[str, ...] = (),
     ) -> None:
         self.stream = stream
         self.card = card
         self.report = report
         self.max_reqs = max_reqs
         self.incarnation = incarnation
+        self.endpoints = endpoints
         self.silent = False
         # An engine of ours pulses from the start: one that is stopped before its first pulse is silent, too.
         self.pulses = PROGRAM == ENGINE
@@ -103,7 +105,7 @@ class LocalEngine:
             raise
         scheduler = config.scheduler
         max_reqs = scheduler.max_num_seqs + scheduler.max_num_queued_reqs
-        return cls(process, stream, ready.card, ready.report, max_reqs, ready.incarnation)
+        return cls(process, stream, ready.card, ready.report, max_reqs, ready.incarnation, ready.endpoints)
 
     @property
     def pid(self) -> int:

@@ -189,6 +189,7 @@ class RemoteInstances:
                         address=record.address,
                         phases=peer.ready.phases,
                         pulses=True,
+                        endpoints=peer.ready.endpoints,
                     ),
                 )
             self.num_connects += 1

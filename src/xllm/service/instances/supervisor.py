@@ -229,6 +229,7 @@ class Supervisor:
                 incarnation=engine.incarnation,
                 num_restarts=slot.num_starts - 1,
                 pulses=engine.pulses,
+                endpoints=engine.endpoints,
             ),
             cause_of=engine.cause,
             on_hung=engine.kill,

@@ -8,6 +8,7 @@ from typing import Any
 
 from xllm.service.draft import RequestDraft
 from xllm.service.failover.decision import MoveCost
+from xllm.service.handover.record import HandoverRecord
 from xllm.service.instances.about import InstanceState
 from xllm.service.router.base import Placement
 from xllm.service.snapshot import FrontObserver, NullObserver, RequestRecord
@@ -47,6 +48,9 @@ class FanOut:
         self, request_id: str, source: str, target: str, cause: str, gap_s: float, cost: MoveCost
     ) -> None:
         self._tell("on_moved", request_id, source, target, cause, gap_s, cost)
+
+    def on_handover(self, record: HandoverRecord) -> None:
+        self._tell("on_handover", record)
 
     def on_resumed(self, request_id: str, instance: str, gap_s: float) -> None:
         self._tell("on_resumed", request_id, instance, gap_s)
