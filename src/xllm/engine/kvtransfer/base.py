@@ -31,8 +31,12 @@ class ChoiceState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Everything that a receiver needs to go on: `choices` that have not ended. For a prefix: none, and
-    `digests` names the pages of the list in order."""
+    """Everything that a receiver needs to go on: `choices` that have not ended.
+
+    For a prefix `digests` names the pages behind `root` in order; the one entry of `choices` has their tokens,
+    so that the receiver compares tokens and not names only. A group's list may begin later than the
+    chain (window): it always ends with it.
+    """
 
     num_prompt: int
     choices: tuple[ChoiceState, ...] = ()
@@ -132,6 +136,11 @@ class Transfers(Protocol):
 
     def step_done(self) -> None:
         """The step that `after_layer` pushes spoke of has ended: all its layers are written."""
+
+    def num_pending(self, transfer_id: str) -> int | None:
+        """Of a sender: pushed pages that are not copied yet, what was copied layer by layer counted in
+        proportion and rounded up; None while the receiver has not said yes, or when nothing is sent under
+        that id. Read between steps, so cheap; it may be a moment old."""
 
     def finish(self, transfer_id: str, manifest: Manifest) -> None:
         """Nothing more is pushed. Ends in Sent or Failed."""

@@ -1,7 +1,8 @@
 """The pool of one KV group's physical pages and the cache of those that hold a known prefix.
 
 State machine of a page: free → owned (refcount ≥ 1) → reusable (refcount 0, content named) → owned
-again by a prefix hit, or free by eviction. Policy only: what a page *is* belongs to the platform.
+again by a prefix hit, or free by eviction. A page that a transfer holds is given to nobody, owned or not, until
+the transfer lets go of it. Policy only: what a page *is* belongs to the platform.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class PrefixKey:
 
 @dataclass(frozen=True, slots=True)
 class PoolCounts:
-    """Pages by state; they always add up to `total`."""
+    """Pages by state; they always add up to `total`. `in_transfer`: held by a transfer and owned by nobody."""
 
     total: int
     free: int
@@ -60,6 +61,8 @@ class PagePool:
         self._refs = [0] * num_pages
         # Kept beside the reference counts so that a snapshot costs nothing; `check` compares them.
         self._num_owned = 0
+        self._holds: dict[int, int] = {}
+        self._num_in_transfer = 0
         self._keys: list[PrefixKey | None] = [None] * num_pages
         self._by_digest: dict[bytes, int] = {}
         # Least recently released first. Tables release tail pages first, so the tail of a prefix
@@ -80,21 +83,53 @@ class PagePool:
 
         The caller has checked `num_available`.
         """
-        if self._free:
-            page = self._free.popleft()
-        else:
-            page, _ = self._reusable.popitem(last=False)
-            self._forget(page)
+        page = self._take()
         self._refs[page] = 1
         self._num_owned += 1
         return page
 
-    def share(self, page: int) -> None:
-        """One more owner of an owned or reusable page."""
-        if self._refs[page] == 0:
+    def lease(self) -> int:
+        """A page as from `allocate`, but held by a transfer that will write it, and owned by nobody."""
+        page = self._take()
+        self._holds[page] = 1
+        self._num_in_transfer += 1
+        return page
+
+    def hold(self, page: int) -> None:
+        """A transfer reads this owned, reusable or held page: its content stays until `let_go`."""
+        if self._refs[page] == 0 and page not in self._holds:
             if page not in self._reusable:
-                raise InternalError("a free page was shared")
+                raise InternalError("a free page was to be held")
             del self._reusable[page]
+            self._num_in_transfer += 1
+        self._holds[page] = self._holds.get(page, 0) + 1
+
+    def let_go(self, page: int) -> None:
+        """One transfer less; the last one gives back a page that nobody owns."""
+        left = self._holds.get(page, 0) - 1
+        if left < 0:
+            raise InternalError("a page was let go of that no transfer holds")
+        if left:
+            self._holds[page] = left
+            return
+        del self._holds[page]
+        if self._refs[page] == 0:
+            self._num_in_transfer -= 1
+            self._put_back(page)
+
+    def is_shared(self, page: int) -> bool:
+        """Does it have several owners?"""
+        return self._refs[page] > 1
+
+    def share(self, page: int) -> None:
+        """One more owner of an owned, reusable or held page."""
+        if self._refs[page] == 0:
+            if page in self._holds:
+                self._num_in_transfer -= 1
+            elif page in self._reusable:
+                del self._reusable[page]
+            else:
+                raise InternalError("a free page was shared")
             self._num_owned += 1
         self._refs[page] += 1
 
@@ -105,11 +140,10 @@ class PagePool:
         self._refs[page] -= 1
         if self._refs[page] == 0:
             self._num_owned -= 1
-            if self._keys[page] is None:
-                # To the front: what was in use a moment ago is backed by memory, and warm in the caches.
-                self._free.appendleft(page)
+            if page in self._holds:
+                self._num_in_transfer += 1
             else:
-                self._reusable[page] = None
+                self._put_back(page)
 
     def publish(self, page: int, key: PrefixKey) -> None:
         """Name a full, computed page. The first page of a digest keeps the name."""
@@ -159,6 +193,12 @@ class PagePool:
             self._news.start_over()
         return num_freed
 
+    def key_of(self, digest: bytes) -> tuple[int, PrefixKey] | None:
+        """The page of that name and what it holds; for peers, which know digests only."""
+        page = self._by_digest.get(digest)
+        key = None if page is None else self._keys[page]
+        return None if page is None or key is None else (page, key)
+
     def names(self) -> tuple[bytes, ...]:
         """Digests of all pages that a prefix may hit now."""
         return tuple(self._by_digest)
@@ -169,17 +209,34 @@ class PagePool:
             free=len(self._free),
             reusable=len(self._reusable),
             owned=self._num_owned,
+            in_transfer=self._num_in_transfer,
         )
 
     def check(self) -> None:
-        """Raise InternalError unless free + reusable + owned == total and no name is dangling."""
+        """Raise InternalError unless every page is in one state and no name is dangling."""
         c = self.counts()
         if c.free + c.reusable + c.owned + c.in_transfer != c.total:
             raise InternalError("pages are not conserved")
         if c.owned != sum(1 for r in self._refs if r > 0):
             raise InternalError("the count of owned pages is wrong")
+        if c.in_transfer != sum(1 for p in self._holds if self._refs[p] == 0):
+            raise InternalError("the count of pages in transfer is wrong")
         if any(self._keys[p] is None or self._keys[p].digest != d for d, p in self._by_digest.items()):  # type: ignore[union-attr]
             raise InternalError("a prefix name points to a page that does not hold it")
+
+    def _take(self) -> int:
+        if self._free:
+            return self._free.popleft()
+        page, _ = self._reusable.popitem(last=False)
+        self._forget(page)
+        return page
+
+    def _put_back(self, page: int) -> None:
+        if self._keys[page] is None:
+            # To the front: what was in use a moment ago is backed by memory, and warm in the caches.
+            self._free.appendleft(page)
+        else:
+            self._reusable[page] = None
 
     def _forget(self, page: int) -> None:
         key = self._keys[page]
