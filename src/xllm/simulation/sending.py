@@ -71,12 +71,18 @@ class Outgoing:
         self._num_bytes = 0
         self._busy_s = 0.0
         self._finish_s = 0.0
+        self._copying = 0
         self._finish_said = False
 
     @property
     def waits_for_peer(self) -> bool:
         """Whether the other side owes something: then silence and standstill count."""
         return self._slots is None or bool(self._ready) or self._manifest is not None
+
+    @property
+    def num_pending(self) -> int | None:
+        """Pages that wait or are just being copied; None before the receiver's yes."""
+        return None if self._slots is None else len(self._ready) + self._copying
 
     def push(self, pushed: Pushed) -> None:
         for group, (indices, pages) in enumerate(zip(pushed.indices, pushed.pages, strict=True)):
@@ -148,7 +154,9 @@ class Outgoing:
         while not self.over:
             self._inflict()
             if self._slots is not None and self._ready:
+                self._copying = 1
                 await self._copy_page(self._slots, *self._ready.popleft())
+                self._copying = 0
             elif self._slots is not None and self._manifest is not None and not self._finish_said:
                 sums = tuple((g, i, s) for (g, i), s in sorted(self._checksums.items()))
                 self._finish_said = True

@@ -1,7 +1,7 @@
 """The data plane of a simulated engine: `Transfers` on virtual time.
 
 What threads and sockets do elsewhere, as tasks of a virtual loop: connect, copy page by page, notice silence.
-When within a step a word of the step thread takes effect is `step_transfers.py`'s business.
+When the pages that a step writes exist is `step_transfers.py`'s business.
 """
 
 from __future__ import annotations
@@ -90,6 +90,10 @@ class SimTransfers:
 
     def step_done(self) -> None:
         """Nothing here is told of pages before they are written; see `step_transfers.py`."""
+
+    def num_pending(self, transfer_id: str) -> int | None:
+        party = self._parties.get(transfer_id)
+        return party.num_pending if isinstance(party, Outgoing) else None
 
     def finish(self, transfer_id: str, manifest: Manifest) -> None:
         if isinstance(party := self._parties.get(transfer_id), Outgoing):
