@@ -22,6 +22,7 @@ from xllm.service.snapshot import FrontObserver
 from xllm.simulation.clock import VirtualClock
 from xllm.simulation.device import FULL, MAX_MODEL_LEN, SMOLLM2_ON_TWO_CORES, Draws, build_device
 from xllm.simulation.engine import SimEngine
+from xllm.simulation.network import Network, Wire
 from xllm.types import KVGroup, Phase
 
 START_TIMEOUT_S = 20.0
@@ -54,7 +55,8 @@ class SimCluster:
 
     `engines` holds the latest process of each name, `processes` all there ever were. `on_change(name,
     up)` tells when the front has taken an instance or lost it. `restart_s` by name: None = it stays away.
-    `phases` by name is the role that an instance starts with; mixed unless said.
+    `phases` by name is the role that an instance starts with; mixed unless said. Without a `wire` engines
+    exchange no pages.
     """
 
     def __init__(
@@ -68,9 +70,11 @@ class SimCluster:
         latency_s: float = 0.0001,
         draws: Draws | None = None,
         on_change: Callable[[str, bool], None] = ignore_change,
+        wire: Wire | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.clock = VirtualClock(self._loop)
+        self.network = None if wire is None else Network(wire)
         self.front = Front(config, router, self.clock, observer=observer)
         self.engines: dict[str, SimEngine] = {}
         self.processes: list[SimEngine] = []
@@ -150,7 +154,13 @@ class SimCluster:
             page_bytes=self._shape.page_bytes,
             exact=self._shape.exact,
         )
-        engine = SimEngine(f"{name}/{len(self.processes)}", device, latency_s, server=self._shape.servers)
+        engine = SimEngine(
+            f"{name}/{len(self.processes)}",
+            device,
+            latency_s,
+            server=self._shape.servers,
+            network=self.network,
+        )
         self.engines[name] = engine
         self.processes.append(engine)
         return engine

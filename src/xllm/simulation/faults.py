@@ -10,11 +10,22 @@ from collections.abc import Callable
 
 from xllm.simulation.cluster import RESTART_S, SimCluster
 from xllm.simulation.engine import SimEngine
+from xllm.simulation.network import LinkFault, LinkFaultKind
 from xllm.simulation.record import Timeline
-from xllm.simulation.schedule import Fault
+from xllm.simulation.schedule import LINK_KINDS, Fault
 
 SLOW_IS_UNUSABLE = 4.0
 """A step that takes this many times its prediction may be taken for a hang."""
+
+
+_LINK_FAULTS: dict[str, LinkFaultKind] = {
+    "link_cut": "cut",
+    "link_stall": "stall",
+    "link_mute": "stall_answers",
+    "link_corrupt": "corrupt",
+    "link_slow": "slow",
+    "link_repeat": "repeat",
+}
 
 
 class FaultPlayer:
@@ -43,10 +54,29 @@ class FaultPlayer:
         engine = self._cluster.engines.get(name)
         if engine is None or not engine.alive:
             return
+        if fault.kind in LINK_KINDS:
+            self._log(fault.kind, name, fault.amount)
+            self._spoil_link(fault, engine)
+            return
         self.num_hit += 1
         self._log(fault.kind, name)
         self._timeline.fault(name, self._loop.time(), fault.kind, fault.lasts_s)
         await self._inflict(fault, name, engine)
+
+    def _spoil_link(self, fault: Fault, engine: SimEngine) -> None:
+        """No excuse for anything: a transfer that fails is no fault that a client may notice."""
+        network = self._cluster.network
+        if network is None:
+            return
+        if fault.kind == "part":
+            others = sorted(other.endpoint for other in self._cluster.engines.values() if other is not engine)
+            if others:
+                network.part(engine.endpoint, others[fault.instance % len(others)], fault.lasts_s or 0.0)
+            return
+        kind = _LINK_FAULTS[fault.kind]
+        network.plan(
+            engine.endpoint, LinkFault(kind=kind, fraction=fault.amount, lasts_s=fault.lasts_s or 0.0)
+        )
 
     async def _inflict(self, fault: Fault, name: str, engine: SimEngine) -> None:
         cluster = self._cluster

@@ -1,4 +1,4 @@
-"""What a simulated step thread speaks to: pages that a step writes move while its time passes, layer by layer.
+"""What a simulated step thread speaks to: pages that a step writes move while it lasts, layer by layer.
 
 A simulated step computes at one instant and then lasts; without this its pages would be on their way before
 they exist. Nothing is copied here.
