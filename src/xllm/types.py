@@ -238,6 +238,13 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     cost: tuple[float, ...] = ()
     cost_error: float = 0.0
     draining: bool = False
+    num_moved_out: int = 0
+    """Requests handed over to peers, …"""
+    num_moved_in: int = 0
+    """… and taken over with pages that were used."""
+    num_failed_moves: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
     num_dropped_peers: int = 0
     """Connections that were refused or cut off: no hand-shake, garbage, too slow."""
     num_skipped_messages: int = 0

@@ -6,6 +6,7 @@ Only what every step of every model needs may live here.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 import msgspec
@@ -13,8 +14,11 @@ import msgspec
 from xllm.clock import Clock
 from xllm.engine.executor.base import Executor
 from xllm.engine.kernels.programs import ProgramCounters
+from xllm.engine.kvtransfer.base import TransferEvent, Transfers
+from xllm.engine.kvtransfer.nowhere import NoTransfers
 from xllm.engine.memory.manager import PageManager
 from xllm.engine.memory.news import PageChanges
+from xllm.engine.moving import Mover
 from xllm.engine.progress import Pace, StepProgress, shape_of
 from xllm.engine.scheduler.scheduler import Scheduler
 from xllm.engine.surviving import Keeper
@@ -48,16 +52,31 @@ class EngineCore:
         self._executor = executor
         self._program_counters = program_counters
         self.keeper: Keeper | None = None
+        self._events: deque[TransferEvent] = deque()
+        self.mover = Mover(scheduler, memory, NoTransfers(self._events.append), self._settle)
         self._pace = Pace()
         self._last_step_ms = 0.0
         self._draining = False
 
-    def submit(self, spec: RequestSpec, owner: int = 0) -> None:
+    def join(self, transfers: Transfers) -> None:
+        """Exchange pages with peers from now on; before the first request. Its events go to `on_event`."""
+        self.mover = Mover(self.scheduler, self._memory, transfers, self._settle)
+
+    def on_event(self, event: TransferEvent) -> None:
+        """The transfers have something to tell. Not from within a call to them."""
+        self.mover.on_event(event, self.clock.monotonic_s())
+
+    def submit(
+        self, spec: RequestSpec, owner: int = 0, transfer_id: str = "", sources: tuple[str, ...] = ()
+    ) -> None:
         """Accept a request or raise an XllmError; checked again here, since a front is only a peer."""
         if self._draining:
             raise UnavailableError("this engine is draining", code="draining", retry_after_s=1.0)
         validate_spec(spec, self.card)
-        self.scheduler.submit(spec, self.clock.monotonic_s(), owner)
+        now_s = self.clock.monotonic_s()
+        self.scheduler.submit(spec, now_s, owner)
+        if transfer_id:
+            self.mover.submitted(spec.request_id, owner, transfer_id, sources, now_s)
 
     def abort(self, request_id: str, owner: int = 0) -> None:
         self.scheduler.abort(request_id, owner)
@@ -66,6 +85,9 @@ class EngineCore:
         """Run one step if anything can run; whether it did. What came due waits in `take_outputs`."""
         now_s = self.clock.monotonic_s()
         self.progress.begin(now_s)
+        while self._events:
+            self.mover.on_event(self._events.popleft(), now_s)
+        self.mover.tick(now_s)
         plan = self.scheduler.plan(now_s)
         if self.keeper is not None and self.keeper.num_due:
             # Now, since what the last step brought is on its way to its readers. In proportion to the step.
@@ -73,10 +95,12 @@ class EngineCore:
         if plan is not None:
             shape = shape_of(plan)
             self.progress.predicted_ms = self._pace.predict_ms(shape)
+            self.mover.before_step(plan)
             result = self._executor.execute(plan)
             self._last_step_ms = result.elapsed_ms
             self._pace.observe(shape, result.elapsed_ms)
             self.scheduler.absorb(plan, result)
+            self.mover.after_step(result.rerun)
         if not self.scheduler.has_requests:
             self._memory.check_idle()
         return plan is not None
@@ -113,6 +137,7 @@ class EngineCore:
     def drain(self) -> None:
         """Accept nothing new; what runs goes on."""
         self._draining = True
+        self.mover.drain()
 
     def abort_all(self, owner: int | None = None) -> int:
         """End every request, or every one of an owner, with one terminal event each; how many."""
@@ -121,6 +146,7 @@ class EngineCore:
     def snapshot(self, **more: int) -> EngineSnapshot:
         """`more` are fields that others count."""
         programs = self._program_counters()
+        moves = self.mover.counters
         counted = (
             {}
             if programs is None
@@ -137,9 +163,19 @@ class EngineCore:
             cost=self._pace.coefficients,
             cost_error=self._pace.error,
             draining=self._draining,
+            num_moved_out=moves.num_out,
+            num_moved_in=moves.num_in,
+            num_failed_moves=moves.num_failed,
+            sent_bytes=moves.sent_bytes,
+            received_bytes=moves.received_bytes,
             **counted,
             **more,
         )
+
+    def _settle(self) -> None:
+        plan = self.scheduler.take_copies()
+        if plan is not None:
+            self._executor.execute(plan)
 
     def close(self) -> None:
         if self.keeper is not None:

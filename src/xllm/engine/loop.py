@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 
 from xllm.engine.core import EngineCore, Outputs
 from xllm.engine.kv_news import KvTeller
+from xllm.engine.kvtransfer.base import TransferEvent
 from xllm.engine.link import LinkCounters
 from xllm.engine.port import Inbox, Port
 from xllm.engine.tracing import RequestTracer
@@ -24,12 +25,15 @@ from xllm.wire.messages import (
     Asset,
     AssetRequest,
     Attach,
+    CancelTransfer,
     Committed,
     Drain,
+    Fetch,
     Frame,
     Frames,
     FrontMessage,
     KvSync,
+    Move,
     Ready,
     Stats,
     Submit,
@@ -92,6 +96,7 @@ class EngineLoop:
     def _publish(self, ran: bool) -> bool:
         """Send what came due; False = drained, and it ends."""
         self._send_outputs()
+        self._answer_moves()
         self._kv.tell(may_wait=ran)
         if self._leaving:
             self._let_go()
@@ -118,8 +123,8 @@ class EngineLoop:
                 if not may_wait:
                     return True
                 self._tell_all(self._fronts.values())
-                # Nothing came, but time passed: a drain or a request may have reached its limit.
-                if self._drain_end_s is not None or self._core.has_requests:
+                # Nothing came, but time passed: a drain, a request or a lease may have reached its limit.
+                if self._drain_end_s is not None or self._core.has_requests or self._core.mover.is_waiting:
                     return True
                 continue
             if port is None:
@@ -133,13 +138,15 @@ class EngineLoop:
                 return False
             may_wait = False
 
-    def _from_within(self, message: FrontMessage | None) -> None:
-        if isinstance(message, Drain):
+    def _from_within(self, message: FrontMessage | TransferEvent | None) -> None:
+        if isinstance(message, TransferEvent):
+            self._core.on_event(message)
+        elif isinstance(message, Drain):
             self._drain()
         else:
             self._stopped = True
 
-    def _handle(self, port: Port, message: FrontMessage) -> None:
+    def _handle(self, port: Port, message: FrontMessage | TransferEvent) -> None:
         match message:
             case Submit():
                 self._submit(port, message)
@@ -148,6 +155,12 @@ class EngineLoop:
             case Committed(counts=counts):
                 for request_id, choice, num_tokens in counts:
                     self._core.scheduler.committed(request_id, choice, num_tokens, port.number)
+            case Move():
+                self._core.mover.move(port.number, message, self._core.clock.monotonic_s())
+            case Fetch():
+                self._core.mover.fetch(message)
+            case CancelTransfer(transfer_id=transfer_id):
+                self._core.mover.cancel(transfer_id)
             case AssetRequest(digest=digest):
                 port.send(Asset(digest=digest, data=self._assets.get(digest)))
             case KvSync():
@@ -187,7 +200,7 @@ class EngineLoop:
         try:
             if port.number in self._leaving:
                 raise UnavailableError("this connection is draining", code="draining", retry_after_s=1.0)
-            self._core.submit(spec, port.number)
+            self._core.submit(spec, port.number, message.transfer_id, message.sources)
             self._tracer.accepted(port.number, spec)
         except XllmError as error:
             self._refuse(port, message, error.info())
@@ -226,6 +239,13 @@ class EngineLoop:
             self._stats_s = now_s + STATS_S
             self._tell_all(silent)
 
+    def _answer_moves(self) -> None:
+        """After the frames: a front that hears of the outcome has every token drawn before."""
+        for owner, moved in self._core.mover.take_answers():
+            port = self._fronts.get(owner)
+            if port is not None:
+                port.send(moved)
+
     def _tell_all(self, ports: Iterable[Port]) -> None:
         stats = Stats(snapshot=self._look())
         for port in ports:
@@ -249,7 +269,8 @@ class EngineLoop:
 
     def _is_drained(self, end_s: float) -> bool:
         """What has not ended in time is left to the fronts, which go on with it elsewhere."""
-        return not self._core.has_requests or self._core.clock.monotonic_s() >= end_s
+        busy = self._core.has_requests or self._core.mover.has_pins
+        return not busy or self._core.clock.monotonic_s() >= end_s
 
     def _let_go(self) -> None:
         """Close the connections of fronts that asked for it and have nothing running any more."""

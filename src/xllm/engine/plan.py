@@ -94,3 +94,5 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     sequences: tuple[SequenceResult, ...]
     elapsed_ms: float = 0.0
+    rerun: bool = False
+    """Parts were computed a second time: who read pages while the step ran may have read half of it."""

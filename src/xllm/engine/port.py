@@ -8,6 +8,7 @@ from __future__ import annotations
 import queue
 from typing import Protocol
 
+from xllm.engine.kvtransfer.base import TransferEvent
 from xllm.wire.messages import EngineMessage, FrontMessage
 
 
@@ -28,8 +29,8 @@ class Port(Protocol):
         """Close once all that was sent has been written."""
 
 
-Item = tuple[Port | None, FrontMessage | None]
+Item = tuple[Port | None, FrontMessage | TransferEvent | None]
 """(port, message), in order of arrival; (port, None) = it is gone. (None, Drain) and (None, None) come from
-within: drain, or stop."""
+within: drain, or stop; (None, event) from the transfers."""
 
 Inbox = queue.SimpleQueue[Item]

@@ -38,6 +38,9 @@ class Sequence:
     num_computed: int = 0
     table: PageTable | None = None
     state: SequenceState = SequenceState.WAITING
+    held: bool = False
+    """Not planned, for the sake of a transfer: its pages are on their way here, or it is about to go on
+    elsewhere. It keeps what pages it has."""
     num_committed: int = 0
     num_streamed: int = 0
     finish_reason: FinishReason | None = None
@@ -60,6 +63,11 @@ class Sequence:
     def out_of_credit(self) -> bool:
         """Too far ahead of the front's commit log: its reader is slow, so it waits."""
         return len(self.tokens) - self.prompt_len - self.num_committed >= CREDIT_WINDOW
+
+    @property
+    def stalled(self) -> bool:
+        """It cannot run now, whatever room there is."""
+        return self.held or self.out_of_credit
 
 
 @dataclass(slots=True)
@@ -86,6 +94,10 @@ class Request:
     prefill_ms: float = 0.0
     """From admission to the first drawn token; 0 until then."""
     num_preemptions: int = 0
+    moving: bool = False
+    """A transfer has pinned its pages: preempting it frees none of them at once."""
+    claimed: bool = False
+    """Some of its KV was brought by a transfer."""
     ended: bool = False
 
     @property

@@ -51,7 +51,7 @@ class InProcExecutor:
         results: list[SequenceResult] = []
         for sequence in plan.sequences:
             results.extend(self._alone(plan, sequence))
-        return StepResult(step=plan.step, sequences=tuple(results))
+        return StepResult(step=plan.step, sequences=tuple(results), rerun=True)
 
     def _alone(self, plan: StepPlan, sequence: SequencePlan) -> tuple[SequenceResult, ...]:
         part = msgspec.structs.replace(plan, sequences=(sequence,))

@@ -33,9 +33,9 @@ class ChoiceState:
 class Manifest:
     """Everything that a receiver needs to go on: `choices` that have not ended.
 
-    For a prefix `digests` names the pages behind `root` in order; the one entry of `choices` has their tokens,
-    so that the receiver compares tokens and not names only. A group's list may begin later than the
-    chain (window): it always ends with it.
+    For a prefix `digests` names the pages behind `root` in order; the one entry of `choices` has their
+    tokens, so that the receiver compares tokens and not names only. A group's list may begin later than
+    the chain (window): it always ends with it.
     """
 
     num_prompt: int

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from xllm.engine.kvtransfer.base import Slots
+from xllm.engine.memory.leases import FREED, Leases
 from xllm.engine.memory.news import PageNews
 from xllm.engine.memory.pool import NameListener, PagePool, PoolCounts, PrefixKey
 from xllm.engine.plan import PageCopy
@@ -16,8 +18,7 @@ from xllm.errors import InternalError
 from xllm.prefix import page_digest
 from xllm.types import PAGE_SIZE, KVGroup
 
-FREED = -1
-"""In a table: the page was given back because no later row can see it (sliding window)."""
+__all__ = ["FREED", "PageManager", "PageTable", "pages_for"]
 
 
 def pages_for(num_tokens: int) -> int:
@@ -63,6 +64,7 @@ class PageManager:
         self._pools = [
             PagePool(n, self.news if g == self._deciding else None, g) for g, n in enumerate(num_pages)
         ]
+        self.leases = Leases(self._pools, self._windows)
 
     @property
     def caching(self) -> bool:
@@ -151,6 +153,23 @@ class PageManager:
             child.pages.append(group)
         return child, copies
 
+    def table_over(
+        self, root: bytes, slots: Slots, pages: Sequence[Sequence[int]], num_tokens: int
+    ) -> PageTable | None:
+        """A table whose KV has arrived in leased `slots`, as `Leases.take`; None if the pages do not do."""
+        taken = self.leases.take(slots, pages, num_tokens)
+        return None if taken is None else PageTable(root=root, pages=taken)
+
+    def cut(self, table: PageTable, num_pages: int) -> None:
+        """Give back the pages behind the first `num_pages`."""
+        table.planned = None
+        for pool, group in zip(self._pools, table.pages, strict=True):
+            for page in reversed(group[num_pages:]):
+                if page != FREED:
+                    pool.release(page)
+            del group[num_pages:]
+        del table.chain[num_pages:]
+
     def release(self, table: PageTable) -> None:
         """Give every page back, last page first; the table is empty afterwards."""
         table.planned = None
@@ -178,6 +197,7 @@ class PageManager:
             free=sum(c.free for c in per_pool),
             reusable=sum(c.reusable for c in per_pool),
             owned=sum(c.owned for c in per_pool),
+            in_transfer=sum(c.in_transfer for c in per_pool),
         )
 
     def check_idle(self) -> None:

@@ -1,8 +1,8 @@
 """The pool of one KV group's physical pages and the cache of those that hold a known prefix.
 
 State machine of a page: free → owned (refcount ≥ 1) → reusable (refcount 0, content named) → owned
-again by a prefix hit, or free by eviction. A page that a transfer holds is given to nobody, owned or not, until
-the transfer lets go of it. Policy only: what a page *is* belongs to the platform.
+again by a prefix hit, or free by eviction. A page that a transfer holds is given to nobody, owned or not,
+until the transfer lets go of it. Policy only: what a page *is* belongs to the platform.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class PrefixKey:
 
 @dataclass(frozen=True, slots=True)
 class PoolCounts:
-    """Pages by state; they always add up to `total`. `in_transfer`: held by a transfer and owned by nobody."""
+    """Pages by state; they always add up to `total`. `in_transfer`: held by a transfer, owned by nobody."""
 
     total: int
     free: int

@@ -12,11 +12,13 @@ from collections.abc import Iterable
 from operator import attrgetter
 
 from xllm.config import SchedulerConfig
+from xllm.engine.kvtransfer.base import Manifest, Slots
 from xllm.engine.memory.manager import PageManager, PageTable
 from xllm.engine.plan import PageCopy, SampleOp, SequencePlan, StepPlan, StepResult
 from xllm.engine.request import Request, Sequence, SequenceState
 from xllm.engine.sampling import needs_history
 from xllm.engine.scheduler.absorb import apply_result
+from xllm.engine.scheduler.claim import claim_pages
 from xllm.engine.scheduler.counters import Counters
 from xllm.engine.scheduler.deadlines import DEADLINE_PASSED, Deadlines
 from xllm.engine.scheduler.load import Load
@@ -36,6 +38,10 @@ class Scheduler:
 
     Invariants: a sequence is in exactly one of `_waiting`, `_running`, ended; both lists are sorted
     by rank; every accepted request yields one frame with `last`.
+
+    Why it always gets on: pages go from later to earlier ranks, or from those that wait for a reader, never
+    the other way. So the first-ranked of the running ones is never robbed and advances until it ends; with
+    none running, the first-ranked waiting one may take every page there is, and `submit` saw that it fits.
     """
 
     def __init__(
@@ -144,15 +150,16 @@ class Scheduler:
         budget = self._max_rows
         num_preemptions = self._counters.num_preemptions
         # Sequences with one row to go first: a long prompt must not delay running streams.
-        ready = [s for s in self._running if not s.out_of_credit]
+        ready = [s for s in self._running if not (s.held or s.out_of_credit)]
         late = [s for s in ready if len(s.tokens) - s.num_computed > 1]
         if late:
             ready = [s for s in ready if len(s.tokens) - s.num_computed <= 1] + late
         entries: list[SequencePlan] = []
         for seq in ready:
             budget -= self._schedule(seq, budget, entries)
-        # Right after a preemption pages are short: admitting now would only preempt again.
-        if self._counters.num_preemptions == num_preemptions:
+        # Right after a preemption pages are short: admitting now would only preempt again. Unless nothing is
+        # left to run: without a plan the step thread waits for news, and none need come.
+        if self._counters.num_preemptions == num_preemptions or not self._planned:
             self._admit(budget, entries, now_s)
         # A later sequence may have preempted an earlier entry to get its pages, and one that was displaced
         # may have been admitted again at once: only its last entry is about the pages that it has.
@@ -172,7 +179,7 @@ class Scheduler:
         if rows <= 0 or (rows < behind and not self._config.enable_chunked_prefill):
             return 0
         while not self._memory.grow(_table(seq), seq.num_computed + rows):
-            victim = self._victim()
+            victim = self._victim(seq)
             if victim is None or victim is seq:
                 self._preempt(seq)
                 return 0
@@ -183,7 +190,7 @@ class Scheduler:
 
     def _admit(self, budget: int, entries: list[SequencePlan], now_s: float) -> None:
         while self._waiting and budget > 0:
-            seq = next((s for s in self._waiting if not s.out_of_credit), None)
+            seq = next((s for s in self._waiting if not s.stalled), None)
             if seq is None:
                 return
             request = self._owner[seq.seq_id]
@@ -192,21 +199,28 @@ class Scheduler:
                 return
             rows = self._start(seq, request, budget)
             if rows == 0:
-                if not (self._reclaim() or self._displace(request)):
+                if not (self._reclaim(seq) or self._displace(request)):
                     return
                 continue
             self._waiting.remove(seq)
             bisect.insort(self._running, seq, key=_rank)
             seq.state = SequenceState.RUNNING
             if request.num_cached is None:
-                request.num_cached = min(seq.num_computed, seq.prompt_len)
-                request.admitted_s = now_s
-                request.queue_ms = (now_s - request.arrived_s) * 1000
-                self._counters.prefix_queries += seq.prompt_len
-                self._counters.prefix_hits += request.num_cached
+                self._admitted(request, seq, now_s)
             self._planned[seq.seq_id] = seq
             entries.append(self._entry(seq, rows))
             budget -= rows
+
+    def _admitted(self, request: Request, seq: Sequence, now_s: float) -> None:
+        """Its first sequence has a seat."""
+        request.admitted_s = now_s
+        request.queue_ms = (now_s - request.arrived_s) * 1000
+        request.num_cached = 0
+        # What a transfer brought is no hit of the prefix cache: the client was told of those already.
+        if not request.claimed:
+            request.num_cached = min(seq.num_computed, seq.prompt_len)
+            self._counters.prefix_queries += seq.prompt_len
+            self._counters.prefix_hits += request.num_cached
 
     def _start(self, seq: Sequence, request: Request, budget: int) -> int:
         """Give a waiting sequence its first pages; 0 rows (and no pages kept) if it must wait."""
@@ -228,12 +242,12 @@ class Scheduler:
         return 0
 
     def _park(self) -> bool:
-        """A running sequence that waits for its reader gives up its seat and keeps its pages.
+        """A running sequence that waits for its reader, or is held, gives up its seat and keeps its pages.
 
         Else slow readers, and choices that a stop string ended at the front, would keep others from
         running; with n choices on fewer seats a request would wait for itself for ever.
         """
-        idle = [s for s in self._running if s.out_of_credit]
+        idle = [s for s in self._running if s.stalled]
         if not idle:
             return False
         seq = max(idle, key=_rank)
@@ -242,13 +256,22 @@ class Scheduler:
         self._enqueue(seq)
         return True
 
-    def _reclaim(self) -> bool:
-        """The same for pages, once they are short: who waits for a reader computes them again later."""
-        holders = [s for s in (*self._waiting, *self._running) if s.out_of_credit and s.table is not None]
+    def _reclaim(self, seq: Sequence) -> bool:
+        """Pages for `seq`, the first to be admitted, from one that cannot use its own before `seq` runs.
+
+        That is who waits behind it (a choice just forked holds pages while it waits), else both would wait
+        for ever; and, waiting or running, who waits for its reader or is held. They compute them again later.
+        """
+        holders = self._idle_holders(seq)
+        holders += [s for s in self._running if s.stalled]
         if not holders:
             return False
-        self._preempt(max(holders, key=_rank))
+        self._preempt(self._last(holders, seq))
         return True
+
+    def _idle_holders(self, seq: Sequence) -> list[Sequence]:
+        """Waiting sequences whose pages `seq` may take: it goes before them, or they wait for a reader."""
+        return [s for s in self._waiting if s.table is not None and (s.rank > seq.rank or s.stalled)]
 
     def _displace(self, newcomer: Request) -> bool:
         """Preempt the last-ranked running sequence if the order lets `newcomer` do so."""
@@ -260,11 +283,16 @@ class Scheduler:
         self._preempt(worst)
         return True
 
-    def _victim(self) -> Sequence | None:
-        """Who gives pages back: waiting sequences that hold some, then the last-ranked running one."""
-        holders = [s for s in self._waiting if s.table is not None]
-        pool = holders or self._running
-        return max(pool, key=_rank) if pool else None
+    def _victim(self, seq: Sequence) -> Sequence | None:
+        """Who gives pages to `seq`: waiting sequences that hold some, then the last-ranked running one."""
+        pool = self._idle_holders(seq) or self._running
+        return self._last(pool, seq) if pool else None
+
+    def _last(self, pool: list[Sequence], seq: Sequence) -> Sequence:
+        """The last-ranked one; if others behind `seq` do, not one whose pages are pinned for a transfer: that
+        would give nothing at once."""
+        free = [s for s in pool if s.rank > seq.rank and not self._owner[s.seq_id].moving]
+        return max(free or pool, key=_rank)
 
     def _preempt(self, seq: Sequence) -> None:
         """Free the pages; the sequence is behind by everything again and waits in its old place."""
@@ -318,6 +346,34 @@ class Scheduler:
             prompt=tuple(seq.tokens[: seq.prompt_len]) if history else (),
             output=tuple(seq.tokens[seq.prompt_len :]) if history else (),
         )
+
+    # -- hand-over ------------------------------------------------------------------------------
+
+    def find(self, request_id: str, owner: int) -> Request | None:
+        return self._requests.get((owner, request_id))
+
+    def hold(self, request: Request, held: bool = True) -> None:
+        """Plan none of its sequences, or plan them again."""
+        for seq in request.sequences:
+            seq.held = held
+
+    def claim(self, request: Request, manifest: Manifest, slots: Slots) -> int:
+        """Let the sequences go on from KV that has arrived in `slots`; the rows that need not be computed."""
+        num_rows = claim_pages(self._memory, request, manifest, slots)
+        for seq in request.sequences:
+            self._load.count(seq)
+        return num_rows
+
+    def take_copies(self) -> StepPlan | None:
+        """Page copies that are due: before the pages at either end change hands otherwise than by a plan."""
+        if not self._copies:
+            return None
+        copies, self._copies = tuple(self._copies), []
+        return StepPlan(step=self._step, sequences=(), copies=copies)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
 
     # -- absorb -------------------------------------------------------------------------------
 
