@@ -140,6 +140,8 @@ class SimExecutor(InProcExecutor):
         self.last_step_ms = 0.0
 
     def execute(self, plan: StepPlan) -> StepResult:
+        if not plan.sequences:
+            return super().execute(plan)  # copies between steps
         if any(entry.start == 0 and entry.tokens[0] == POISON for entry in plan.sequences):
             raise DeviceLostError
         if len({entry.seq_id for entry in plan.sequences}) != len(plan.sequences):

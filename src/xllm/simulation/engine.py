@@ -62,6 +62,8 @@ class SimEngine:
         self._tasks: list[asyncio.Task[None]] = []
         self._main: asyncio.Task[None] | None = None
         self._transfers = None if network is None else self._data_plane(network)
+        if self._transfers is not None:
+            device.core.join(self._transfers)
         if server:
             self._begin(None)
 
@@ -167,7 +169,10 @@ class SimEngine:
         return StepTransfers(transfers, may_run=self._may_run.wait, spawn=self._spawn)
 
     async def _take_time(self) -> None:
-        await asyncio.sleep(self.device.executor.last_step_ms / 1000)
+        seconds = self.device.executor.last_step_ms / 1000
+        if self._transfers is not None:
+            self._transfers.step_takes(seconds)
+        await asyncio.sleep(seconds)
         await self._may_compute.wait()
 
     async def _read(self, port: SimPort) -> None:
