@@ -12,7 +12,7 @@ from xllm.simulation.cluster import RESTART_S, SimCluster
 from xllm.simulation.engine import SimEngine
 from xllm.simulation.network import LinkFault, LinkFaultKind
 from xllm.simulation.record import Timeline
-from xllm.simulation.schedule import LINK_KINDS, Fault
+from xllm.simulation.schedule import LINK_KINDS, Fault, FaultKind
 
 SLOW_IS_UNUSABLE = 4.0
 """A step that takes this many times its prediction may be taken for a hang."""
@@ -26,15 +26,24 @@ _LINK_FAULTS: dict[str, LinkFaultKind] = {
     "link_slow": "slow",
     "link_repeat": "repeat",
 }
+_AT_AN_END: dict[str, tuple[FaultKind, bool]] = {
+    "crash_sender": ("crash", True),
+    "crash_receiver": ("crash", False),
+    "stop_sender": ("stop", True),
+    "stop_receiver": ("stop", False),
+}
+"""What happens to which end of a transfer; True = to the sender."""
 
 
 class FaultPlayer:
-    """`num_hit` counts faults that met a living process; others find nothing to hurt."""
+    """`num_hit` counts faults that met a living process; others find nothing to hurt. `tasks` play those that
+    a transfer set off."""
 
     def __init__(
         self, cluster: SimCluster, timeline: Timeline, origin_s: float, log: Callable[..., None]
     ) -> None:
         self.num_hit = 0
+        self.tasks: list[asyncio.Task[None]] = []
         self._timeline = timeline
         self._cluster = cluster
         self._origin_s = origin_s

@@ -17,7 +17,7 @@ import numpy as np
 from xllm.engine.platform.null_runner import TokenPages
 from xllm.simulation.link import Pipe
 
-LinkFaultKind = Literal["cut", "stall", "stall_answers", "corrupt", "slow", "repeat"]
+LinkFaultKind = Literal["cut", "stall", "stall_answers", "corrupt", "slow", "repeat", "call"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,13 +26,15 @@ class LinkFault:
 
     cut: the connection breaks. stall: nothing passes for `lasts_s`, and nobody is told; stall_answers: only
     the receiver's words are held. corrupt: one token of the next page changes on its way. slow: bytes take
-    `factor` times as long. repeat: the next messages arrive twice.
+    `factor` times as long. repeat: the next messages arrive twice. call: `call(sender, receiver)` does what
+    it likes at this moment.
     """
 
     kind: LinkFaultKind
     fraction: float = 0.0
     lasts_s: float = 3.0
     factor: float = 1000.0
+    call: Callable[[str, str], None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -141,6 +141,7 @@ class _Run:
         await asyncio.sleep(schedule.last_event_s)
         await asyncio.wait(readers, timeout=END_AFTER_S)
         failures = [str(t.exception()) for t in readers if t.done() and t.exception() is not None]
+        side += player.tasks
         failures += [repr(t.exception()) for t in side if t.done() and t.exception() is not None]
         engine_faults = [*await _quiet(cluster), *_index_faults(cluster)]
         record = Record(
@@ -242,7 +243,7 @@ def _held(engine: SimEngine) -> list[str]:
         found.append("still has requests")
     elif counts.owned:
         found.append(f"{counts.owned} pages are owned by nobody")
-    if counts.in_transfer:
+    if counts.in_transfer and engine.alive:
         found.append(f"{counts.in_transfer} pages are held by transfers that are over")
     if counts.free + counts.reusable + counts.owned + counts.in_transfer != counts.total:
         found.append("pages are not conserved")

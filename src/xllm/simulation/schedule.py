@@ -21,11 +21,13 @@ Habit = Literal["read", "slow", "leave", "abort", "stall"]
 FaultKind = Literal[
     "crash", "stop", "hang", "slow", "cut", "delay", "repeat", "drain", "wall_jump",
     "link_cut", "link_stall", "link_mute", "link_corrupt", "link_slow", "link_repeat", "part",
+    "crash_sender", "crash_receiver", "stop_sender", "stop_receiver",
 ]  # fmt: skip
 """crash: kill -9. stop: SIGSTOP, later SIGCONT. hang: a step that does not end, while the process lives.
 
 link_…: of the next transfer that the instance sends (`network.LinkFault`; mute = the answers are lost). part:
-nothing passes between the instance and the next one.
+nothing passes between the instance and the next one. …_sender, …_receiver: crash or stop of an end of the next
+transfer that the instance sends, while it goes on or just behind it.
 """
 
 KINDS: tuple[FaultKind, ...] = (
@@ -34,6 +36,7 @@ KINDS: tuple[FaultKind, ...] = (
 WEIGHTS = (30, 16, 12, 10, 10, 6, 6, 6, 4)
 LINK_KINDS: tuple[FaultKind, ...] = (
     "link_cut", "link_stall", "link_mute", "link_corrupt", "link_slow", "link_repeat", "part",
+    "crash_sender", "crash_receiver", "stop_sender", "stop_receiver",
 )  # fmt: skip
 
 
@@ -62,7 +65,7 @@ class Fault:
     """`lasts_s`: until it passes, or until a new process is there; None = for ever (a crash without restart).
 
     `amount` is the factor of a slow engine, the seconds of a delay or a jump, how many messages repeat, or
-    the share of a transfer that has been copied before.
+    the share of a transfer that has been copied before; what exceeds 1 is seconds after its last byte.
     """
 
     at_s: float
@@ -229,13 +232,13 @@ def _order(fault: Fault) -> tuple[float, int, str]:
 def _link_faults(rng: random.Random, num_instances: int) -> list[Fault]:
     return [
         Fault(
-            at_s=round(rng.uniform(0, 4.0), 4),
+            at_s=round(rng.choice((0.0, rng.uniform(0, 1.0), rng.uniform(0, 5.0))), 4),
             kind=rng.choice(LINK_KINDS),
             instance=rng.randrange(num_instances),
             lasts_s=rng.choice((0.3, 1.5, 3.0, 15.0)),
-            amount=rng.choice((0.0, 0.3, 0.6, 1.0)),
+            amount=rng.choice((0.0, 0.3, 0.6, 1.0, 1.001, 1.01, 1.1)),
         )
-        for _ in range(rng.choice((0, 0, 1, 2, 4)))
+        for _ in range(rng.choice((0, 1, 2, 3, 5)))
     ]
 
 

@@ -223,3 +223,5 @@ class Outgoing:
                 self._factor = fault.factor
             case "repeat":
                 self.end.outbound.num_to_repeat = 4
+            case "call" if fault.call is not None:
+                fault.call(self._sender, self.end.peer)
