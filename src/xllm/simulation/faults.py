@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 from xllm.simulation.cluster import RESTART_S, SimCluster
 from xllm.simulation.engine import SimEngine
@@ -82,10 +84,23 @@ class FaultPlayer:
             if others:
                 network.part(engine.endpoint, others[fault.instance % len(others)], fault.lasts_s or 0.0)
             return
-        kind = _LINK_FAULTS[fault.kind]
-        network.plan(
-            engine.endpoint, LinkFault(kind=kind, fraction=fault.amount, lasts_s=fault.lasts_s or 0.0)
+        planned = LinkFault(
+            kind=_LINK_FAULTS.get(fault.kind, "call"),
+            fraction=min(fault.amount, 1.0),
+            lasts_s=fault.lasts_s or 0.0,
+            call=partial(self._strike, fault),
         )
+        network.plan(engine.endpoint, planned)
+
+    def _strike(self, fault: Fault, sender: str, receiver: str) -> None:
+        """The transfer has come so far that one of its ends is to be hit."""
+        kind, of_sender = _AT_AN_END[fault.kind]
+        endpoint = sender if of_sender else receiver
+        name = next((n for n, e in self._cluster.engines.items() if e.endpoint == endpoint), None)
+        if name is not None:
+            at_s = self._loop.time() - self._origin_s + max(0.0, fault.amount - 1.0)
+            struck = replace(fault, kind=kind, at_s=at_s, amount=0.0)
+            self.tasks.append(self._loop.create_task(self.play(struck, name), name="fault"))
 
     async def _inflict(self, fault: Fault, name: str, engine: SimEngine) -> None:
         cluster = self._cluster
