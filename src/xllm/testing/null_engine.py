@@ -11,12 +11,13 @@ from xllm.config import SchedulerConfig
 from xllm.engine.core import EngineCore
 from xllm.engine.executor import InProcExecutor
 from xllm.engine.memory.manager import PageManager
-from xllm.engine.platform.null_runner import NullRunner, token_pages
+from xllm.engine.platform.null_runner import NullRunner, empty_pages, token_pages
 from xllm.engine.sampling import Sampler
 from xllm.engine.scheduler.order import create_order
 from xllm.engine.scheduler.scheduler import Scheduler
 from xllm.engine.surviving import Adopted, SharedPages, adopt
 from xllm.testing.clock import FakeClock
+from xllm.testing.fake_transfers import FakeTransfers, Wire
 from xllm.types import KVGroup, KVLayout, ModelCard, RequestSpec, SamplingParams, TokenSegment
 from xllm.wire.messages import Frame
 
@@ -56,6 +57,7 @@ class NullEngine:
     runner: NullRunner
     clock: FakeClock
     adopted: Adopted | None = None
+    transfers: FakeTransfers | None = None
 
     def run(self, max_steps: int = 10_000) -> list[Frame]:
         """Step until no request is left; every frame, with all output committed at once."""
@@ -83,8 +85,11 @@ def null_engine(
     enable_prefix_caching: bool = True,
     max_model_len: int = 2048,
     shared: SharedPages | None = None,
+    wire: Wire | None = None,
+    name: str = "",
 ) -> NullEngine:
-    """A fresh engine; `num_pages` per group. With `shared` its pages outlive it, and `keeper` is set."""
+    """A fresh engine; `num_pages` per group. With `shared` its pages outlive it, and `keeper` is set; with
+    `wire` it exchanges pages with the others there, as `name`."""
     config = config or SchedulerConfig()
     clock = FakeClock()
     memory = PageManager(groups, [num_pages] * len(groups), enable_prefix_caching)
@@ -98,11 +103,14 @@ def null_engine(
     )
     layout = KVLayout(groups=groups, dtype="float32")
     per_group = [num_pages] * len(groups)
-    kv = None if shared is None else token_pages(shared, per_group)
+    kv = empty_pages(per_group) if shared is None else token_pages(shared, per_group)
     runner = NullRunner(layout, per_group, VOCAB_SIZE, Sampler(), kv=kv)
     card = null_card(num_pages, max_model_len)
     core = EngineCore(card, scheduler, memory, InProcExecutor(runner), clock)
     engine = NullEngine(core=core, memory=memory, runner=runner, clock=clock)
+    if wire is not None:
+        engine.transfers = FakeTransfers(wire, name, kv)
+        core.join(engine.transfers)
     if shared is not None:
         core.keeper, engine.adopted = adopt(shared, memory, card.numerics_class, layout.digest())
     return engine

@@ -36,6 +36,11 @@ def token_pages(shared: SharedPages, num_pages: Sequence[int]) -> list[TokenPage
     return kv
 
 
+def empty_pages(num_pages: Sequence[int]) -> list[TokenPages]:
+    """KV in memory of the process's own."""
+    return [np.full((n, PAGE_SIZE), NEVER_WRITTEN, dtype=np.int32) for n in num_pages]
+
+
 class NullRunner:
     """Same contract as a model's runner; `vocab_size` logits per row."""
 
@@ -56,7 +61,7 @@ class NullRunner:
         """`kv` (page, token) per group, where it is to lie elsewhere than in memory of our own."""
         self.kv_layout = layout
         self._windows = [g.window for g in layout.groups]
-        self._kv = kv or [np.full((n, PAGE_SIZE), NEVER_WRITTEN, dtype=np.int32) for n in num_pages]
+        self._kv = kv or empty_pages(num_pages)
         self._vocab_size = vocab_size
         self._sampler = sampler
         self.fault = fault

@@ -35,9 +35,11 @@ def claim_pages(memory: PageManager, request: Request, manifest: Manifest, slots
         if table is not None:
             seq.table, seq.num_computed = table, num_rows
             claimed.append(seq)
-    for seq in claimed:
+    # Asked of all before any page is given back, or the last to share one would seem its only owner.
+    shared = [_writes_into_shared(memory, seq) for seq in claimed]
+    for seq, writes in zip(claimed, shared, strict=True):
         if seq.table is not None:
-            _settle(memory, seq, seq.table)
+            _settle(memory, seq, seq.table, writes)
     request.claimed = any(seq.num_computed for seq in claimed)
     return sum(seq.num_computed for seq in claimed)
 
@@ -51,11 +53,16 @@ def _usable(seq: Sequence, state: ChoiceState) -> int:
     return most
 
 
-def _settle(memory: PageManager, seq: Sequence, table: PageTable) -> None:
-    """Name the full pages. A page that rows are still written into must be the sequence's own: two choices
-    share pages only as far as they are full, and a peer that says otherwise is not followed."""
+def _writes_into_shared(memory: PageManager, seq: Sequence) -> bool:
+    """Is the page of the next row another choice's, too? They share full pages only, whatever a peer says."""
     full, partial = divmod(seq.num_computed, PAGE_SIZE)
-    if partial and memory.leases.is_shared(table.pages, full):
+    return partial > 0 and seq.table is not None and memory.leases.is_shared(seq.table.pages, full)
+
+
+def _settle(memory: PageManager, seq: Sequence, table: PageTable, cut: bool) -> None:
+    """Do without the partial page if it is to be `cut`, and name the full ones."""
+    if cut:
+        full = seq.num_computed // PAGE_SIZE
         memory.cut(table, full if memory.leases.covers(table.pages, full * PAGE_SIZE) else 0)
         seq.num_computed = table.num_pages * PAGE_SIZE
     if table.num_pages == 0:
