@@ -90,7 +90,7 @@ class FaultPlayer:
             lasts_s=fault.lasts_s or 0.0,
             call=partial(self._strike, fault),
         )
-        network.plan(engine.endpoint, planned)
+        network.plan(planned)
 
     def _strike(self, fault: Fault, sender: str, receiver: str) -> None:
         """The transfer has come so far that one of its ends is to be hit."""

@@ -1,7 +1,7 @@
 """The wires between simulated engines: time that bytes take, and what goes wrong on them.
 
 A node is one process's end of the data plane. Its links have a latency and a bandwidth that all its transfers
-share; a fault belongs to the next transfer that the node sends. Which pages move is `transfers.py`'s matter.
+share; a fault belongs to the next transfer that begins. Which pages move is `transfers.py`'s matter.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Network:
         self._accept: dict[str, Callable[[Route], None]] = {}
         self._memory: dict[str, list[TokenPages]] = {}
         self._lanes: dict[str, tuple[Lane, Lane]] = {}
-        self._planned: dict[str, deque[LinkFault]] = {}
+        self._planned: deque[LinkFault] = deque()
         self._parted_until_s: dict[frozenset[str], float] = {}
         self.num_faults_hit = 0
         self.num_bytes = 0
@@ -116,13 +116,12 @@ class Network:
 
     # -- faults -----------------------------------------------------------------------------------
 
-    def plan(self, endpoint: str, fault: LinkFault) -> None:
-        """The next transfer that this node sends, and that has none yet, suffers it."""
-        self._planned.setdefault(endpoint, deque()).append(fault)
+    def plan(self, fault: LinkFault) -> None:
+        """The next transfer that anybody begins, and that has none yet, suffers it."""
+        self._planned.append(fault)
 
-    def next_fault(self, endpoint: str) -> LinkFault | None:
-        planned = self._planned.get(endpoint)
-        return planned.popleft() if planned else None
+    def next_fault(self) -> LinkFault | None:
+        return self._planned.popleft() if self._planned else None
 
     def part(self, one: str, other: str, lasts_s: float) -> None:
         """Nothing passes between the two for so long; connections stay."""

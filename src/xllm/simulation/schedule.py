@@ -25,9 +25,9 @@ FaultKind = Literal[
 ]  # fmt: skip
 """crash: kill -9. stop: SIGSTOP, later SIGCONT. hang: a step that does not end, while the process lives.
 
-link_…: of the next transfer that the instance sends (`network.LinkFault`; mute = the answers are lost). part:
+link_…: of the next transfer, whoever begins it (`network.LinkFault`; mute = the answers are lost). part:
 nothing passes between the instance and the next one. …_sender, …_receiver: crash or stop of an end of the
-next transfer that the instance sends, while it goes on or just behind it.
+next transfer, while it goes on or just behind it.
 """
 
 KINDS: tuple[FaultKind, ...] = (

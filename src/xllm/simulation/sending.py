@@ -64,7 +64,7 @@ class Outgoing:
         self._manifest: Manifest | None = None
         self._checksums: dict[tuple[int, int], int] = {}
         self._wake = asyncio.Event()
-        self._fault = network.next_fault(self._sender)
+        self._fault = network.next_fault()
         self._held_until_s = 0.0
         self._factor = 1.0
         self._num_offered = max(1, sum(num_pages))

@@ -217,7 +217,7 @@ def test_a_fault_on_the_way_fails_and_releases_both_sides(
     fault: LinkFault, code: str, one_sided: bool
 ) -> None:
     async def scene(p: Process, d: Process) -> None:
-        p.network.plan("p", fault)
+        p.network.plan(fault)
         p.transfers.send("t", d.transfers.endpoints, (3, 1))
         p.transfers.push("t", ALL)
         p.transfers.finish("t", MANIFEST)
@@ -240,7 +240,7 @@ def test_a_fault_on_the_way_fails_and_releases_both_sides(
 
 def test_a_lost_last_word_leaves_the_receiver_with_everything() -> None:
     async def scene(p: Process, d: Process) -> None:
-        p.network.plan("p", LinkFault(kind="stall_answers", fraction=1.0, lasts_s=10.0))
+        p.network.plan(LinkFault(kind="stall_answers", fraction=1.0, lasts_s=10.0))
         await hand_over(p, d)
         await d.until(Arrived)
         failed = await p.until(Failed)
@@ -253,7 +253,7 @@ def test_a_lost_last_word_leaves_the_receiver_with_everything() -> None:
 
 def test_repeated_messages_change_nothing() -> None:
     async def scene(p: Process, d: Process) -> None:
-        p.network.plan("p", LinkFault(kind="repeat", fraction=0.25))
+        p.network.plan(LinkFault(kind="repeat", fraction=0.25))
         await hand_over(p, d)
         await p.until(Sent)
         assert p.network.num_faults_hit == 1
