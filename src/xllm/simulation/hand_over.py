@@ -19,9 +19,9 @@ PAGE_BYTES = 1_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimMove:
-    """Somebody asks that a request (by its index) go on at another instance, if it runs by then."""
+    """Once its client has read so many deltas, a request (by its index) is to go on at another instance."""
 
-    at_s: float
+    after: int
     request: int
     instance: int
 
@@ -47,7 +47,7 @@ def draw_hand_overs(rng: random.Random, num_instances: int, num_requests: int) -
     num_moves = rng.choice((0, 2, 8)) if everyone else rng.choice((3, 8, 20))
     moves = [
         SimMove(
-            at_s=round(rng.uniform(0.0, 6.0), 4),
+            after=rng.choice((1, 2, rng.randint(1, 40))),
             request=rng.randrange(num_requests),
             instance=rng.randrange(num_instances),
         )
@@ -61,7 +61,7 @@ def draw_hand_overs(rng: random.Random, num_instances: int, num_requests: int) -
         ),
         mode=rng.choice(("push", "push", "pull")),
         everyone=everyone,
-        moves=tuple(sorted(moves, key=lambda m: (m.at_s, m.request, m.instance))),
+        moves=tuple(sorted(moves, key=lambda m: (m.request, m.after, m.instance))),
     )
 
 

@@ -52,6 +52,7 @@ class Report:
     error_codes: tuple[str, ...] = ()
     gaps_s: tuple[float, ...] = ()
     handovers: Counter[tuple[str, str]] = field(default_factory=Counter)
+    num_claimed_rows: int = 0
     num_link_faults_hit: int = 0
 
 
@@ -128,15 +129,14 @@ class _Run:
         )
         player = FaultPlayer(cluster, timeline, origin_s, log)
         names = [f"engine-{i}" for i in range(len(schedule.starts_s))]
-        clients = [Client(i, r, cluster.front, origin_s) for i, r in enumerate(schedule.requests)]
+        movers = [_mover(cluster, schedule, i, names, log) for i in range(len(schedule.requests))]
+        clients = [
+            Client(i, r, cluster.front, origin_s, mover)
+            for i, (r, mover) in enumerate(zip(schedule.requests, movers, strict=True))
+        ]
         starts = [player.start(n, at - HEAD_START_S) for n, at in zip(names, schedule.starts_s, strict=True)]
         faults = [player.play(f, names[f.instance]) for f in schedule.faults]
-        planned = () if hand_overs is None else hand_overs.moves
-        moves = [
-            _ask_for_move(cluster, clients[m.request], names[m.instance], origin_s + m.at_s, log)
-            for m in planned
-        ]
-        side = [loop.create_task(w, name="fault") for w in (*starts, *faults, *moves)]
+        side = [loop.create_task(w, name="fault") for w in (*starts, *faults)]
         readers = [loop.create_task(c.run(), name=f"client {i}") for i, c in enumerate(clients)]
         await asyncio.sleep(schedule.last_event_s)
         await asyncio.wait(readers, timeout=END_AFTER_S)
@@ -176,6 +176,7 @@ class _Run:
             error_codes=tuple(code for o in record.outcomes if (code := _code(o)) is not None),
             gaps_s=tuple(observer.gaps_s),
             handovers=observer.handovers,
+            num_claimed_rows=sum(e.device.core.mover.counters.claimed_rows for e in cluster.processes),
             num_link_faults_hit=0 if cluster.network is None else cluster.network.num_faults_hit,
         )
 
@@ -186,15 +187,20 @@ def _router(schedule: Schedule) -> RouterPolicy | None:
     return elsewhere(load_policy(schedule.front.router_policy))
 
 
-async def _ask_for_move(
-    cluster: SimCluster, client: Client, target: str, at_s: float, log: Callable[..., None]
-) -> None:
-    """What an operator or a balancer does; a request that does not run is left alone."""
-    await asyncio.sleep(at_s - asyncio.get_running_loop().time())
-    spec = client.outcome.spec
-    if spec is not None:
-        why_not = cluster.front._dispatch.move(spec.request_id, target)
-        log("move", spec.request_id, target, why_not)
+def _mover(
+    cluster: SimCluster, schedule: Schedule, index: int, names: list[str], log: Callable[..., None]
+) -> Callable[[Outcome], None]:
+    """What an operator or a balancer does to one request, whenever its client has read so far."""
+    planned = () if schedule.hand_overs is None else schedule.hand_overs.moves
+    moves = [m for m in planned if m.request == index]
+
+    def on_delta(outcome: Outcome) -> None:
+        for move in moves:
+            if move.after == len(outcome.deltas) and outcome.spec is not None:
+                request_id, target = outcome.spec.request_id, names[move.instance]
+                log("move", request_id, target, cluster.front._dispatch.move(request_id, target))
+
+    return on_delta
 
 
 def _code(outcome: Outcome) -> str | None:

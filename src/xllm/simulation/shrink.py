@@ -98,7 +98,7 @@ def describe(schedule: Schedule) -> str:
     if schedule.hand_overs is not None:
         lines.append(f"  hand-overs: {schedule.hand_overs.describe()}")
         lines += [
-            f"  move of request {m.request} to engine-{m.instance} at {m.at_s:g} s"
+            f"  move of request {m.request} to engine-{m.instance} after {m.after} deltas"
             for m in schedule.hand_overs.moves
         ]
     lines += [f"  fault {_fault(f)}" for f in schedule.faults]
