@@ -12,7 +12,7 @@ import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,12 +42,15 @@ HEALTHY = Toxics()
 
 
 class TcpProxy:
-    """`with TcpProxy(port) as proxy:` listens on `proxy.port`. `counts` says what was done to how many."""
+    """`with TcpProxy(port) as proxy:` listens on `proxy.port`. `counts` says what was done to how many.
 
-    def __init__(self, target_port: int, target_host: str = "127.0.0.1") -> None:
+    A target that is known later than the proxy is a function, asked at every connection.
+    """
+
+    def __init__(self, target_port: int | Callable[[], int], target_host: str = "127.0.0.1") -> None:
         self.port = 0
         self.counts: Counter[str] = Counter()
-        self._target = (target_host, target_port)
+        self._host, self._target_port = target_host, target_port
         self._toxics = HEALTHY
         self._changed = asyncio.Event()
         self._pairs: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
@@ -116,7 +119,8 @@ class TcpProxy:
             writer.transport.abort()
             return
         try:
-            to_reader, to_writer = await asyncio.open_connection(*self._target)
+            target = self._target_port if isinstance(self._target_port, int) else self._target_port()
+            to_reader, to_writer = await asyncio.open_connection(self._host, target)
         except OSError:
             self.counts["unreachable"] += 1
             writer.transport.abort()

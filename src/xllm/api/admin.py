@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from xllm.api.context import Context
+from xllm.config.instances import phases_in_order
 from xllm.errors import NotFoundError
 from xllm.service.snapshot import InstanceSnapshot
 
@@ -45,16 +46,15 @@ def get_request(context: Context, name: str) -> dict[str, Any]:
 
 def _instance(i: InstanceSnapshot) -> dict[str, Any]:
     engine = i.engine
-    role = "mixed" if {"prefill", "decode"} <= set(i.about.phases) else "+".join(i.about.phases)
     hit_rate = engine.prefix_hits / engine.prefix_queries if engine.prefix_queries else None
     return {
         "id": i.name,
         "model": i.model_id,
         "state": i.state,
-        "phases": list(i.about.phases),
-        "role": role,
-        # No roles change yet, so every pool is a stable one, named by its set of phases.
-        "pool": role,
+        "phases": list(phases_in_order(i.standing.phases)),
+        "role": i.standing.role,
+        "pool": i.standing.pool,
+        "epoch": i.standing.epoch,
         "pid": i.about.pid,
         "incarnation": i.about.incarnation,
         "address": i.about.address,
@@ -73,6 +73,7 @@ def _instance(i: InstanceSnapshot) -> dict[str, Any]:
                 "total": engine.total_pages,
                 "owned": engine.owned_pages,
                 "cached": engine.cached_pages,
+                "in_transfer": engine.transfer_pages,
                 "free": engine.free_pages,
                 "indexed": i.num_indexed_pages,
             },

@@ -26,6 +26,7 @@ from xllm.api.openai.chat import chat_completions
 from xllm.api.openai.completions import completions
 from xllm.api.openai.models import get_model, list_models
 from xllm.api.openai.tokenize import detokenize, tokenize, tokenizer_info
+from xllm.api.roles import list_roles, post_role
 from xllm.api.usage import read_usage
 from xllm.clock import Clock
 from xllm.config import ServerConfig
@@ -159,6 +160,9 @@ class App:
         table |= {("GET", p): Route(label=p, endpoint=e, admin=True) for p, e in admin_routes.items()}
         for path, endpoint in json_routes.items():
             table["POST", path] = Route(label=path, endpoint=self._json(endpoint))
+        for path in ("/v1/role", "/v1/pd_role"):
+            table["GET", path] = Route(label=path, endpoint=self._roles, admin=True)
+            table["POST", path] = Route(label=path, endpoint=self._json(post_role), admin=True)
         return table
 
     def _methods(self, path: str) -> dict[str, Route] | None:
@@ -200,6 +204,9 @@ class App:
 
     async def _instances(self, _: Request, reply: Reply) -> None:
         await reply.send(200, msgspec.json.encode(list_instances(self._context)))
+
+    async def _roles(self, _: Request, reply: Reply) -> None:
+        await reply.send(200, msgspec.json.encode(list_roles(self._context)))
 
     async def _request(self, request: Request, reply: Reply) -> None:
         name = _unquoted(request.head.path.removeprefix("/requests/"))

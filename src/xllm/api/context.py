@@ -18,6 +18,7 @@ from xllm.clock import Clock
 from xllm.errors import NotFoundError, RequestError
 from xllm.observability.tracing import open_request
 from xllm.service.draft import RequestDraft
+from xllm.service.roles.board import Standing
 from xllm.service.snapshot import FrontSnapshot
 from xllm.service.stream import RequestStream
 from xllm.service.watch.desk import WatchDesk
@@ -44,6 +45,8 @@ class FrontPort(Protocol):
     def ready(self) -> tuple[bool, str]: ...
 
     def snapshot(self) -> FrontSnapshot: ...
+
+    def set_role(self, name: str, role: str, epoch: int | None, *, pinned: bool) -> Standing: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol, TypeVar
 
@@ -113,6 +114,7 @@ class SnapshotCollector(Collector):
         snapshot = self.front.snapshot()
         yield from _of_instances(snapshot.instances)
         yield from _of_front(snapshot)
+        yield from _of_roles(snapshot)
         yield GaugeMetricFamily("xllm:front_tasks", "Tasks of the front's event loop", self.num_tasks)
         for name, (help, value) in self.gauges.items():
             yield GaugeMetricFamily(name, help, value())
@@ -143,6 +145,20 @@ def _of_front(snapshot: FrontSnapshot) -> Iterator[Metric]:
         for cause, count in sorted(split(snapshot).items()):
             family.add_metric((cause,), count)
         yield family
+
+
+def _of_roles(snapshot: FrontSnapshot) -> Iterator[Metric]:
+    pools = GaugeMetricFamily("xllm:pool_size", "Instances by role and transition", labels=("pool",))
+    sizes = Counter(i.standing.pool for i in snapshot.instances if i.alive)
+    for pool, size in sorted(sizes.items()):
+        pools.add_metric((pool,), size)
+    yield pools
+    switches = CounterMetricFamily(
+        "xllm:role_switches", "Changes of an instance's role", labels=("from", "to", "reason")
+    )
+    for labels, count in sorted(snapshot.num_role_switches.items()):
+        switches.add_metric(labels, count)
+    yield switches
 
 
 _Family = TypeVar("_Family", GaugeMetricFamily, CounterMetricFamily)

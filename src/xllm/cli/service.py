@@ -30,7 +30,7 @@ from xllm.version import __version__
 
 SECTIONS = (FrontConfig, ClusterConfig, ServerConfig, ObservabilityConfig)
 
-NOT_OURS = frozenset({"instances", "listen"})
+NOT_OURS = frozenset({"instances", "listen", "role"})
 """Settings of other commands in the same sections: accepted in a shared file, no flag here."""
 
 

@@ -14,7 +14,7 @@ from xllm.api.server import HttpServer
 from xllm.cli.watching import open_desk
 from xllm.clock import Clock, SystemClock
 from xllm.config import ClusterConfig, EngineConfig, FrontConfig, ServerConfig
-from xllm.config.instances import parse_instances
+from xllm.config.instances import parse_instances, roles_of
 from xllm.config.load import Loaded
 from xllm.config.report import StartupReport, sources_lines
 from xllm.errors import ConfigError
@@ -50,7 +50,7 @@ async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> Async
         loaded.build(ServerConfig),
     )
     cluster_config = loaded.build(ClusterConfig)
-    num_engines = sum(parse_instances(cluster_config.instances).values())
+    roles = roles_of(parse_instances(cluster_config.instances))
     if cluster_config.registry != ClusterConfig().registry:
         raise ConfigError(
             "xllm serve starts its own engines and asks no registry; use xllm instance for engines and "
@@ -66,13 +66,14 @@ async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> Async
     recorder = UsageRecorder(usage, clock, front_id=new_request_id())
     metrics, desk = open_desk(loaded, clock, recorder)
     service = await LocalService.start(
-        [engine_config] * num_engines,
+        [engine_config] * len(roles),
         front_config,
         clock,
         on_progress=lambda name, stage, seconds: say(f"  {seconds:7.2f} s  {name}: {stage}"),
         on_up=_Introductions(say),
         observer=desk.observer,
         log_level=server_config.log_level,
+        roles=roles,
     )
     try:
         engine, *_ = service.engines

@@ -184,6 +184,9 @@ class ClusterConfig:
         None, "address told to fronts, if it is not the one listened on", has_flag=False
     )
     instance_id: str | None = option(None, "lasting name of an instance; default: drawn", has_flag=False)
+    role: Literal["mixed", "prefill", "decode"] = option(
+        "mixed", "what fronts first use an instance for; it can do everything", has_flag=False
+    )
     lease_ttl_s: float = option(5.0, "seconds until a silent member leaves the registry", has_flag=False)
     relist_s: float = option(10.0, "seconds between two full readings of the registry", has_flag=False)
 

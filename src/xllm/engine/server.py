@@ -11,8 +11,11 @@ import signal
 import socket
 import threading
 
+import msgspec
+
 from xllm.clock import SystemClock
 from xllm.config import ClusterConfig, EngineConfig
+from xllm.config.instances import ROLES, phases_in_order
 from xllm.engine.build import BuiltEngine, ready_of
 from xllm.engine.hub import Hub
 from xllm.engine.link import LinkCounters, LinkLimits
@@ -48,7 +51,9 @@ class InstanceServer:
     ) -> None:
         """Binds the address; nobody is let in before `start`. Raises ConfigError."""
         self.identity = identity or Identity.of(cluster, INSTANCE)
-        self.ready: Ready = ready_of(engine, config)
+        # A label: this engine computes whatever it is given, and fronts may call it something else later.
+        phases = phases_in_order(ROLES[cluster.role])
+        self.ready: Ready = msgspec.structs.replace(ready_of(engine, config), phases=phases)
         listener = _bind(*listen_address(cluster, self.identity.key))
         host, port = listener.getsockname()[:2]
         self.address: tuple[str, int] = (host, port)

@@ -73,6 +73,11 @@ class Dispatch:
     def num_waiting(self) -> int:
         return self._queue.num_waiting
 
+    def is_answered(self, request_id: str) -> bool:
+        """Whether its present attempt has said something, or it has ended."""
+        ticket = self.tickets.get(request_id)
+        return ticket is None or ticket.answered
+
     # -- a new request --------------------------------------------------------------------------------
 
     def choose(self, spec: RequestSpec, candidates: Sequence[Instance]) -> Choice | None:

@@ -29,6 +29,8 @@ from xllm.service.journal import RequestJournal
 from xllm.service.kvindex import KvIndex
 from xllm.service.live import LiveHooks, LiveRequest, StreamLimits
 from xllm.service.placer import Choice, Placer, load_views
+from xllm.service.roles.board import RoleBoard, Standing
+from xllm.service.roles.keeper import RoleKeeper
 from xllm.service.router.base import RouterPolicy
 from xllm.service.router.registry import load_policy
 from xllm.service.snapshot import FrontObserver, FrontSnapshot, InstanceSnapshot, NullObserver
@@ -65,7 +67,8 @@ class Front:
         )
         self._guard = Guard(config, clock, self._catalogue, self._observer)
         policy = router if router is not None else load_policy(config.router_policy)
-        self._placer = placer = Placer(config, policy)
+        self._board = RoleBoard()
+        self._placer = placer = Placer(config, policy, self._board)
         self._links = Links()
         self._moves = Moves(config, clock, self._observer, self._links)
         self._dispatch = Dispatch(
@@ -79,6 +82,15 @@ class Front:
             on_draining=self._guard.begin_drain,
         )
         self._guard.connect(self._dispatch, placer)
+        self.roles = RoleKeeper(
+            config,
+            clock,
+            self._catalogue,
+            placer,
+            self._board,
+            self._observer,
+            is_answered=self._dispatch.is_answered,
+        )
         self._tally = Tally()
         self._draining = False
         self._idle = asyncio.Event()
@@ -141,6 +153,7 @@ class Front:
         except BaseException:
             await instance.close()
             raise
+        self.roles.joined(instance)
         guard.watch(instance)
         return instance
 
@@ -159,6 +172,10 @@ class Front:
         if instance is not None:
             await self._guard.release(instance)
         return instance is not None
+
+    def set_role(self, name: str, role: str, epoch: int | None, *, pinned: bool) -> Standing:
+        """Give an instance another role by hand; see `RoleKeeper.set_role`."""
+        return self.roles.set_role(name, role, epoch, pinned=pinned)
 
     @property
     def kv_index(self) -> KvIndex:
@@ -231,6 +248,7 @@ class Front:
             deadline_s=deadline_s,
         )
         self._idle.clear()
+        self.roles.arrived(spec, choice)
         self._observer.on_accepted(draft, spec)
         self._dispatch.begin(live, choice)
         return live
@@ -259,6 +277,11 @@ class Front:
             if ticket.instance is not None:
                 self._admission.answered(live.request_id, ticket.instance.snapshot, now_s)
             self._observer.on_first(live.request_id, live.journal.queue_ms / 1000)
+        if ticket.instance is not None:
+            num_tokens = max(1, len(delta.token_ids))
+            # Choices speak in turn, so that the gap of one is that of all of them together.
+            gap_ms = gap_s * 1000 * (1 if first else len(live.journal.choices) / num_tokens)
+            self.roles.spoke(ticket.instance, live.request_id, gap_ms, first=first)
         self._observer.on_delta(live.request_id, ticket.model_id, delta, gap_s, first=first)
         self._dispatch.on_delta(ticket, delta, now_s)
 
@@ -266,6 +289,7 @@ class Front:
         ticket = self._dispatch.end(live, abort=abort)
         lens = [len(c.tokens) for c in live.journal.choices]
         self._admission.ended(live.request_id, lens, complete=live.error is None)
+        self.roles.ended(live.request_id)
         record = self._tally.ended(ticket, self._clock.monotonic_s())
         if not self._dispatch.tickets:
             self._idle.set()
@@ -295,6 +319,7 @@ class Front:
             num_handovers=dict(self._moves.num_by_outcome),
             num_transfer_failures=dict(self._moves.num_failures),
             instances=tuple(self._instance_snapshot(i) for i in self._catalogue.instances()),
+            num_role_switches=dict(self._board.num_switches),
         )
 
     def _instance_snapshot(self, instance: Instance) -> InstanceSnapshot:
@@ -310,10 +335,11 @@ class Front:
             context_tokens=instance.context_tokens,
             quiet_s=self._guard.quiet_s(instance),
             num_indexed_pages=self._placer.index.num_pages(instance.name),
+            standing=self._board.standing(instance.name),
         )
 
     def ready(self) -> tuple[bool, str]:
-        """Whether every known model can be served, and why not: a word fit for a health response."""
+        """Whether every known model can be served, in all phases; why not: a word for a health response."""
         instances = self._catalogue.instances()
         if self._draining:
             return False, "draining"
@@ -322,7 +348,8 @@ class Front:
         served = {i.card.model_id for i in instances if i.routable}
         idle = [i.state for i in instances if i.card.model_id not in served]
         if not idle:
-            return True, "ready"
+            lacking = self.roles.lacking()
+            return (False, f"no_{lacking}") if lacking else (True, "ready")
         words = ("lost", "suspect", "draining")
         return False, next((f"engine_{state}" for state in words if state in idle), "loading")
 
@@ -331,6 +358,7 @@ class Front:
         for ticket in tuple(self._dispatch.tickets.values()):
             ticket.live.check_time()
         self._guard.tick()
+        self.roles.check_time()
 
     async def drain(self, timeout_s: float | None = None) -> bool:
         """Accept nothing new and wait for what runs; after `timeout_s` the rest ends with an error.
@@ -355,6 +383,7 @@ class Front:
         for instance in self._catalogue.instances():
             await instance.close()
         await self._guard.close()
+        self.roles.close()
         await self._catalogue.close()
 
     def _fail_all(self) -> None:

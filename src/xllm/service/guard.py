@@ -14,7 +14,7 @@ from xllm.clock import Clock
 from xllm.config import FrontConfig
 from xllm.service.catalogue import Catalogue
 from xllm.service.dispatch import Dispatch
-from xllm.service.failover.blame import known_cause
+from xllm.service.failover.blame import DeathCause, known_cause
 from xllm.service.failover.detector import Detector, DetectorLimits, Finding
 from xllm.service.instances.instance import Instance
 from xllm.service.placer import Placer
@@ -204,7 +204,9 @@ class Guard:
             )
             self._tell(instance, finding.reason, finding.quiet_s)
             held = self._moves.evict(instance, "suspect", hold=True)
-            self._find_cause(instance, held, None)
+            # Its I/O thread lives and says that the step stands still: that is a hang before anybody is
+            # killed for it. Silence may be the network's.
+            self._find_cause(instance, held, None, "hang" if finding.reason == "stuck" else "unknown")
         elif instance.on_hung is not None:
             log.error("instance %s stays suspect; its owner is told", instance.name)
             instance.on_hung()
@@ -213,11 +215,16 @@ class Guard:
             instance.abandon()
 
     def _find_cause(
-        self, instance: Instance, request_ids: Sequence[str], death_after_s: float | None
+        self,
+        instance: Instance,
+        request_ids: Sequence[str],
+        death_after_s: float | None,
+        otherwise: DeathCause = "unknown",
     ) -> None:
         """Ask why, then let the requests go on; they do so whatever the answer.
 
-        `death_after_s`: it is dead, so long after its last progress; None = only suspected.
+        `death_after_s`: it is dead, so long after its last progress; None = only suspected. `otherwise` is
+        what to take it for where nobody knows better.
         """
         answer: str | Awaitable[str] = "unknown"
         if instance.cause_of is not None:
@@ -226,9 +233,9 @@ class Guard:
             except Exception:
                 log.exception("instance %s: the cause of its failure cannot be told", instance.name)
         if isinstance(answer, str):
-            self._verdict(instance, request_ids, answer, death_after_s)
+            self._verdict(instance, request_ids, _known_or(answer, otherwise), death_after_s)
         else:
-            self._spawn(self._await_cause(instance, request_ids, answer, death_after_s))
+            self._spawn(self._await_cause(instance, request_ids, answer, death_after_s, otherwise))
 
     async def _await_cause(
         self,
@@ -236,18 +243,22 @@ class Guard:
         request_ids: Sequence[str],
         answer: Awaitable[str],
         death_after_s: float | None,
+        otherwise: DeathCause,
     ) -> None:
         cause = "unknown"
         try:
             cause = await asyncio.wait_for(answer, CAUSE_TIMEOUT_S)
         except Exception:
             log.exception("instance %s: the cause of its failure cannot be told", instance.name)
-        self._verdict(instance, request_ids, cause, death_after_s)
+        self._verdict(instance, request_ids, _known_or(cause, otherwise), death_after_s)
 
     def _verdict(
-        self, instance: Instance, request_ids: Sequence[str], answer: str, death_after_s: float | None
+        self,
+        instance: Instance,
+        request_ids: Sequence[str],
+        cause: DeathCause,
+        death_after_s: float | None,
     ) -> None:
-        cause = known_cause(answer)
         if death_after_s is not None:
             self.num_deaths[cause] += 1
             self._tell(instance, cause, death_after_s)
@@ -273,3 +284,8 @@ class Guard:
             log.exception("the guard's tick failed")
         if self._catalogue.instances() or self._moves.num_waiting:
             self._arm()
+
+
+def _known_or(answer: str, otherwise: DeathCause) -> DeathCause:
+    cause = known_cause(answer)
+    return otherwise if cause == "unknown" else cause

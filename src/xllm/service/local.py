@@ -15,6 +15,7 @@ from xllm.service.front import Front
 from xllm.service.instances.local import LocalEngine
 from xllm.service.instances.supervisor import OnEngineProgress, OnUp, Supervisor
 from xllm.service.snapshot import FrontObserver
+from xllm.types import Phase
 
 
 class LocalService:
@@ -40,8 +41,11 @@ class LocalService:
         on_up: OnUp = lambda name, engine: None,
         observer: FrontObserver | None = None,
         log_level: str = "warning",
+        roles: Sequence[frozenset[Phase]] = (),
     ) -> LocalService:
         """One engine per config behind a front; returns when the first one takes requests.
+
+        `roles` of the engines at first, one per config; none = all are mixed.
 
         The others come as they are ready. Engines that die are started again. The calling thread must
         outlive the service (see `LocalEngine.launch`). Raises what launching the first one raises;
@@ -56,6 +60,7 @@ class LocalService:
             on_progress=on_progress,
             on_up=on_up,
             log_level=log_level,
+            roles=roles,
         )
         service = cls(front, supervisor)
         try:

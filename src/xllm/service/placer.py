@@ -14,7 +14,9 @@ from xllm.errors import InternalError
 from xllm.prefix import page_digest, root_digest
 from xllm.service.instances.instance import Instance
 from xllm.service.kvindex import KvIndex
+from xllm.service.roles.board import UNLISTED, RoleBoard, Standing
 from xllm.service.router.base import InstanceView, Placement, RequestView, RouterPolicy, RouterSnapshot
+from xllm.service.router.disaggregated import place
 from xllm.service.router.memory import PlacementMemory
 from xllm.types import PAGE_SIZE, RequestSpec
 from xllm.wire.messages import KvDelta
@@ -40,8 +42,9 @@ class Choice:
 class Placer:
     """Owns the page index and the memory of placements; loads are read from the instances when asked."""
 
-    def __init__(self, config: FrontConfig, policy: RouterPolicy) -> None:
+    def __init__(self, config: FrontConfig, policy: RouterPolicy, board: RoleBoard | None = None) -> None:
         self.index = KvIndex()
+        self._board = board if board is not None else RoleBoard()
         self._config = config
         self._policy = policy
         self._turns: Counter[str] = Counter()
@@ -84,9 +87,9 @@ class Placer:
         for i in candidates:
             cls = i.card.numerics_class
             matched = self._memory.matched(i.name, chains[cls], found[cls].get(i.name, ()))
-            views.append(_view(i, matched, recent_ms[i.name]))
+            views.append(_view(i, matched, recent_ms[i.name], self._board.standing(i.name)))
         snapshot = RouterSnapshot(instances=tuple(views), turn=self._turns[spec.model])
-        placement = self._policy(view, snapshot, self._config)
+        placement = place(self._policy, view, snapshot, self._config)
         if placement is None:
             return None
         chosen = _named(placement.instance, candidates)
@@ -120,6 +123,10 @@ class Placer:
         index may hear of the pages a little later, and until then they would count for nothing."""
         self._memory.settled(request_id)
 
+    def views(self, instances: Sequence[Instance]) -> tuple[InstanceView, ...]:
+        """Loads and roles alone, for a judgement that asks for no prompt."""
+        return tuple(_view(i, (), 0.0, self._board.standing(i.name)) for i in instances)
+
     def learn(self, instance: Instance, delta: KvDelta) -> bool:
         """What an instance says of its pages; False = something was missed, it must tell all again."""
         return self.index.apply(instance.name, delta)
@@ -128,6 +135,7 @@ class Placer:
         """The instance is gone, and what it had with it."""
         self.index.purge(name)
         self._memory.purge(name)
+        self._board.left(name)
 
 
 def _named(name: str, candidates: Sequence[Instance]) -> Instance:
@@ -138,20 +146,29 @@ def _named(name: str, candidates: Sequence[Instance]) -> Instance:
 
 
 def load_views(instances: Sequence[Instance]) -> tuple[InstanceView, ...]:
-    """The loads alone, for a judgement that asks for no prompt."""
-    return tuple(_view(i, (), 0.0) for i in instances)
+    """The loads alone, for a judgement that asks for no prompt and no role."""
+    return tuple(_view(i, (), 0.0, UNLISTED) for i in instances)
 
 
-def _view(instance: Instance, matched: tuple[tuple[str, int], ...], recent_ms: float) -> InstanceView:
+def _view(
+    instance: Instance,
+    matched: tuple[tuple[str, int], ...],
+    recent_ms: float,
+    standing: Standing,
+) -> InstanceView:
     return InstanceView(
         name=instance.name,
-        num_reqs=len(instance.requests) + len(instance.inbound),
+        num_reqs=len(instance.requests),
         max_reqs=instance.max_reqs,
         engine=instance.snapshot,
         backlog_tokens=instance.backlog_tokens,
-        context_tokens=instance.context_tokens + sum(instance.inbound.values()),
+        context_tokens=instance.context_tokens,
         matched=matched,
         recent_ms=recent_ms,
+        phases=standing.phases,
+        old_phases=standing.old_phases,
+        coming_reqs=len(instance.inbound),
+        coming_tokens=sum(instance.inbound.values()),
     )
 
 

@@ -5,13 +5,15 @@ Values only; the front makes them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from xllm.service.draft import RequestDraft
 from xllm.service.failover.decision import MoveCost
 from xllm.service.handover.record import HandoverRecord
 from xllm.service.instances.about import InstanceAbout, InstanceState
+from xllm.service.roles.board import UNLISTED, Standing
 from xllm.service.router.base import Placement
 from xllm.service.stream import Delta, Usage
 from xllm.types import EngineSnapshot, RequestSpec
@@ -32,6 +34,7 @@ class InstanceSnapshot:
     context_tokens: int = 0
     quiet_s: float = 0.0
     num_indexed_pages: int = 0
+    standing: Standing = UNLISTED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +66,8 @@ class FrontSnapshot:
     num_handovers: dict[tuple[str, str], int]
     num_transfer_failures: dict[str, int]
     instances: tuple[InstanceSnapshot, ...]
+    num_role_switches: Mapping[tuple[str, str, str], int] = field(default_factory=dict)
+    """By (from, to, reason)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +132,9 @@ class FrontObserver(Protocol):
     def on_instance(self, name: str, state: InstanceState, reason: str, detect_s: float) -> None:
         """The instance is in this state now; found out `detect_s` after its last progress."""
 
+    def on_role(self, name: str, old: str, new: str, reason: str, numbers: str) -> None:
+        """The instance has another role from now on; `numbers` are what the decision was made from."""
+
 
 class NullObserver:
     """Nobody looks. The base of observers that look at a part."""
@@ -161,4 +169,7 @@ class NullObserver:
         return
 
     def on_instance(self, name: str, state: InstanceState, reason: str, detect_s: float) -> None:
+        return
+
+    def on_role(self, name: str, old: str, new: str, reason: str, numbers: str) -> None:
         return

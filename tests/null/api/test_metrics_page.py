@@ -53,6 +53,7 @@ async def test_the_page_and_the_exposition_agree(site: Site) -> None:
     metrics._aborted.labels("sample").inc()
     site.front._dispatch.num_moves["lost"] += 1
     site.front._guard.num_deaths["crash"] += 1
+    site.front._board.num_switches["decode", "prefill", "ttft"] += 1
     assert await exported(site) == documented()
     await service.close()
 

@@ -380,6 +380,47 @@ async def test_the_cause_may_take_a_moment_and_may_fail(house: House) -> None:
     assert house.front.snapshot().num_deaths == {"killed": 1, "unknown": 1}
 
 
+class Deaf(SampleEngine):
+    """Its step thread takes no message any more."""
+
+    def _handle(self, message: object) -> None:
+        self.received.append(message)  # type: ignore[arg-type]
+
+
+async def hang(house: House, engine: SampleEngine) -> None:
+    """Its I/O thread goes on saying that it is in the same step, until it is suspected."""
+    engine.__class__ = Deaf
+    num_suspicions = house.front.snapshot().num_suspicions
+    while house.front.snapshot().num_suspicions == num_suspicions:
+        engine.tell(Pulse(step=5, layer=2, busy=True, predicted_ms=3.0))
+        await turns(lambda: engine.stream._link.to_front.qsize() == 0)
+        house.pass_time(0.4)
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+async def test_a_request_that_hangs_two_engines_is_quarantined_unless_one_comes_back(
+    house: House, comes_back: bool
+) -> None:
+    """Seen from outside a hang is a death: nobody need be killed first, or a third engine would hang."""
+    one = await house.engine(auto=False, script=say(SCRIPT))
+    stream = await started(house, one, 2)
+    two = await house.engine(auto=False, script=say(SCRIPT))
+    await hang(house, one)
+    await two.saw(Submit)
+    if comes_back:
+        one.tell(Pulse(step=6, layer=0))
+        await turns(lambda: one.stream._link.to_front.qsize() == 0)
+        house.pass_time(0.4)
+        assert state(house, "engine-0") == "ready"
+        await house.front.remove_instance("engine-0")
+    three = await house.engine(script=say(SCRIPT))
+    await hang(house, two)
+    _, error = await outcome(stream)
+    assert (error.code if error else None) == (None if comes_back else "request_quarantined")
+    assert house.front.snapshot().num_quarantined == (not comes_back)
+    assert comes_back or not specs(three)
+
+
 # -- taking over --------------------------------------------------------------------------------------
 
 

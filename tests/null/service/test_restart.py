@@ -6,10 +6,11 @@ import signal
 
 import pytest
 
-from xllm.config.instances import MAX_LOCAL, parse_instances
+from xllm.config.instances import MAX_LOCAL, parse_instances, roles_of
 from xllm.errors import ConfigError
 from xllm.service.failover.blame import DeathCause
 from xllm.service.instances.restart import HEALTHY_S, Restarts, cause_of_death
+from xllm.types import DECODE, MIXED, PREFILL
 
 
 def test_the_first_restart_is_at_once_and_a_loop_gets_slower_up_to_thirty_seconds() -> None:
@@ -81,6 +82,13 @@ def test_causes(exit_code: int | None, stopped: bool, silent: bool, cause: Death
 def test_instances_are_counted_by_role() -> None:
     assert parse_instances("mixed:1") == {"mixed": 1}
     assert parse_instances(f"mixed:{MAX_LOCAL}") == {"mixed": MAX_LOCAL}
+    assert parse_instances("prefill:1, decode:2") == {"prefill": 1, "decode": 2}
+    assert parse_instances("decode:1,mixed:1,prefill:0") == {"decode": 1, "mixed": 1, "prefill": 0}
+
+
+def test_engines_that_take_prompts_are_started_first() -> None:
+    assert roles_of(parse_instances("decode:2,prefill:1")) == (PREFILL, DECODE, DECODE)
+    assert roles_of(parse_instances("mixed:2,decode:1")) == (MIXED, MIXED, DECODE)
 
 
 @pytest.mark.parametrize(
@@ -92,10 +100,11 @@ def test_instances_are_counted_by_role() -> None:
         ("mixed:1,", "role:count"),
         ("mixed:0", "between 1"),
         (f"mixed:{MAX_LOCAL + 1}", "between 1"),
-        ("mixed:1,mixed:1", "once"),
-        ("prefill:1,decode:1", "prefill is not yet"),
+        ("prefill:1,prefill:1,decode:1", "once"),
         ("mixed:1,encode:1", "encode is not yet"),
-        ("banana:1", "the role mixed"),
+        ("banana:1", "each of the roles mixed, prefill, decode"),
+        ("prefill:2", "no engine decodes; add decode:1"),
+        ("decode:2,prefill:0", "no engine takes prompts; add prefill:1"),
     ],
 )
 def test_instances_that_cannot_be_are_refused_with_the_reason(text: str, says: str) -> None:

@@ -184,6 +184,9 @@ class Backend(Ops, Protocol):
     def kv_pages(self, group: KVGroup, num_pages: int) -> Buffer:
         """Zeroed pages (P, 2, L, K, 64, E); zeroed so that a masked slot never holds a NaN."""
 
+    def page_memory(self, pages: Buffer) -> npt.NDArray[np.uint8] | None:
+        """The pages themselves as (page, byte), for transfers; None where the host cannot touch them."""
+
     def copy_page(self, pages: Buffer, src: int, dst: int) -> None:
         """Copy all layers of one page."""
 

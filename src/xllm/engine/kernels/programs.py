@@ -41,6 +41,9 @@ class StepPrograms(Protocol):
     def finished_layers(self) -> int:
         """Of the program that runs; any thread may ask."""
 
+    def forget_layers(self) -> None:
+        """Between two programs: `finished_layers` is 0 until the next one has finished a layer."""
+
     def forward(self, sequences: Sequence[SequencePlan]) -> Buffer | None:
         """The hidden states of the rows that yield logits, in order; they stay until the next call.
         None: the step has to be run eagerly, and nothing was done."""

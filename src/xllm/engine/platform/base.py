@@ -17,6 +17,7 @@ from xllm.arch import ArchConfig
 from xllm.codes import GroupCodes
 from xllm.config.schema import EngineConfig
 from xllm.engine.kernels.programs import ProgramCounters
+from xllm.engine.kvtransfer.memory import KVMemory
 from xllm.engine.plan import StepPlan, StepResult
 from xllm.engine.sampling import Sampler
 from xllm.engine.surviving import SharedPages
@@ -63,6 +64,17 @@ class Runner(Protocol):
     @property
     def finished_layers(self) -> int:
         """Of the step that runs; 0 where nobody counts. Another thread asks, so cheap and without locks."""
+
+    @property
+    def num_forwards(self) -> int:
+        """Forward passes so far; 0 where nobody counts."""
+
+    def forget_layers(self) -> None:
+        """Between two steps: `finished_layers` is 0 until the next one has finished a layer."""
+
+    def kv_memory(self, shared: SharedPages | None = None) -> KVMemory | None:
+        """The KV pages as bytes, for transfers; None where the host cannot touch them. `shared`: what they
+        lie in, if the platform was told to use it."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run the step. A failure in one sequence's sampling is that sequence's `error`; running a

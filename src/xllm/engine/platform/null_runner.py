@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from xllm.engine.kvtransfer.memory import KVMemory, inseparable
 from xllm.engine.plan import SequencePlan, SequenceResult, StepPlan, StepResult
 from xllm.engine.sampling import Sampler
 from xllm.engine.surviving import SharedPages
@@ -48,6 +49,7 @@ class NullRunner:
     numerics = ("null",)
     program_counters = None
     finished_layers = 0
+    num_forwards = 0
 
     def __init__(
         self,
@@ -70,6 +72,13 @@ class NullRunner:
         for copy in plan.copies:
             self._kv[copy.group][copy.dst] = self._kv[copy.group][copy.src]
         return StepResult(step=plan.step, sequences=tuple(self._sequence(s) for s in plan.sequences))
+
+    def forget_layers(self) -> None:
+        """Nobody counts them."""
+
+    def kv_memory(self, shared: SharedPages | None = None) -> KVMemory:
+        """A page is its token ids: one that came from elsewhere, or not, shows in what is drawn."""
+        return inseparable([pages.view(np.uint8).reshape(len(pages), -1) for pages in self._kv], shared)
 
     def close(self) -> None:
         return

@@ -13,11 +13,13 @@ import numpy as np
 from xllm.arch import ArchConfig
 from xllm.engine.kernels.ops import F32, Backend, Buffer, KVPages
 from xllm.engine.kernels.programs import LoadedModel, MakePrograms, ProgramCounters, StepPrograms
+from xllm.engine.kvtransfer.memory import KVMemory, of_layers
 from xllm.engine.model.definition import LoadedWeights, ModelDefinition
 from xllm.engine.model.layout import layer_places
 from xllm.engine.plan import ChoiceTokens, SampleOp, SequencePlan, SequenceResult, StepPlan, StepResult
 from xllm.engine.runner.batch import LogitPiece, build_batch, logit_slices, new_pages
 from xllm.engine.sampling import Sampled, Sampler, SampleRow
+from xllm.engine.surviving import SharedPages
 from xllm.errors import ErrorInfo, XllmError
 from xllm.types import KVLayout, TokenLogprobs
 
@@ -54,6 +56,7 @@ class ModelRunner:
         self._numerics = numerics
         groups = tuple(ops.kv_pages(g, n) for g, n in zip(layout.groups, num_pages, strict=True))
         self._kv = KVPages(groups=groups, place=layer_places(layout))
+        self._num_forwards = 0
         self.programs: StepPrograms | None = None
         self.logits_tap: LogitsTap | None = None
 
@@ -77,6 +80,19 @@ class ModelRunner:
     def finished_layers(self) -> int:
         programs = self.programs
         return 0 if programs is None else programs.finished_layers
+
+    @property
+    def num_forwards(self) -> int:
+        return self._num_forwards
+
+    def forget_layers(self) -> None:
+        if self.programs is not None:
+            self.programs.forget_layers()
+
+    def kv_memory(self, shared: SharedPages | None = None) -> KVMemory | None:
+        raw = [self._ops.page_memory(pages) for pages in self._kv.groups]
+        known = [pages for pages in raw if pages is not None]
+        return of_layers(self._layout, known, shared) if len(known) == len(raw) else None
 
     def record(self, make: MakePrograms) -> ProgramCounters:
         """Replay from now on what `make` records of the model; raises what it raises."""
@@ -122,6 +138,7 @@ class ModelRunner:
             self._sample(results, pieces, logits)
 
     def _hidden(self, sequences: Sequence[SequencePlan]) -> Buffer:
+        self._num_forwards += 1
         if self.programs is not None:
             replayed = self.programs.forward(sequences)
             if replayed is not None:

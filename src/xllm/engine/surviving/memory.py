@@ -33,10 +33,11 @@ _HUGE = 2 << 20
 
 @dataclass(frozen=True, slots=True)
 class SharedGroup:
-    """One KV group's headers and pages (page, byte)."""
+    """One KV group's headers and pages (page, byte); `offset` is where in the file these begin."""
 
     headers: Table
     pages: npt.NDArray[np.uint8]
+    offset: int = 0
 
 
 class SharedPages:
@@ -44,13 +45,18 @@ class SharedPages:
 
     def __init__(self, fd: int) -> None:
         """Takes no ownership of `fd`. Raises ConfigError for anything that might shrink under a mapping."""
-        if not stat.S_ISREG(os.fstat(fd).st_mode) or not _cannot_shrink(fd):
+        if not stat.S_ISREG(os.fstat(fd).st_mode) or not cannot_shrink(fd):
             raise ConfigError("pages-fd: not a sealed anonymous file", param="pages_fd")
         self._fd = fd
         self._end = FILE_HEADER_BYTES
         self._head = memoryview(self._map(0, FILE_HEADER_BYTES)).cast("B")
         self.found = read_file_header(self._head)
         self.groups: list[SharedGroup] = []
+
+    @property
+    def fd(self) -> int:
+        """The file; owned by whoever gave it."""
+        return self._fd
 
     @property
     def resident_bytes(self) -> int:
@@ -77,6 +83,7 @@ class SharedPages:
         group = SharedGroup(
             headers=headers.view(PAGE_HEADER),
             pages=pages[: num_pages * page_bytes].reshape(num_pages, page_bytes),
+            offset=pages_at,
         )
         self.groups.append(group)
         return group.pages
@@ -109,7 +116,8 @@ class SharedPages:
         return mmap.mmap(self._fd, size, mmap.MAP_SHARED, offset=offset)
 
 
-def _cannot_shrink(fd: int) -> bool:
+def cannot_shrink(fd: int) -> bool:
+    """Whether nobody can take pages away under who has mapped them."""
     try:
         return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
     except OSError:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from xllm.clock import Clock
 from xllm.config import EngineConfig, FrontConfig
+from xllm.config.instances import phases_in_order
 from xllm.errors import XllmError
 from xllm.service.failover.blame import DeathCause
 from xllm.service.instances.about import InstanceAbout
@@ -22,7 +23,7 @@ from xllm.service.instances.instance import CauseOf
 from xllm.service.instances.local import LocalEngine
 from xllm.service.instances.pages import SlotPages
 from xllm.service.instances.restart import Restarts, cause_of_death
-from xllm.types import ModelCard
+from xllm.types import MIXED, ModelCard, Phase
 from xllm.wire.stream import EngineStream
 
 log = logging.getLogger(__name__)
@@ -66,9 +67,10 @@ class EngineKeeper(Protocol):
 class Slot:
     """One engine's place: what stays when the process goes. Written by the supervisor only."""
 
-    def __init__(self, name: str, config: EngineConfig) -> None:
+    def __init__(self, name: str, config: EngineConfig, role: frozenset[Phase] = MIXED) -> None:
         self.name = name
         self.config = config
+        self.role = role
         self.restarts = Restarts()
         self.pages = SlotPages(name)
         self.engine: LocalEngine | None = None
@@ -95,7 +97,9 @@ class Supervisor:
         log_level: str = "warning",
         launch: Launch = LocalEngine.launch,
         sleep: Sleep = asyncio.sleep,
+        roles: Sequence[frozenset[Phase]] = (),
     ) -> None:
+        """`roles` of the engines at first, one per config; none = all are mixed."""
         self._front = front
         self._config = front_config
         self._clock = clock
@@ -107,7 +111,8 @@ class Supervisor:
         self._canaries = Canaries()
         self._starting: asyncio.Task[None] | None = None
         self._rolling = asyncio.Lock()
-        self.slots = tuple(Slot(f"engine-{i}", config) for i, config in enumerate(configs))
+        named = zip(configs, roles or [MIXED] * len(configs), strict=True)
+        self.slots = tuple(Slot(f"engine-{i}", config, role) for i, (config, role) in enumerate(named))
 
     async def start(self) -> None:
         """Start the first engine, and the others one after another behind it.
@@ -227,6 +232,7 @@ class Supervisor:
             about=InstanceAbout(
                 pid=engine.pid,
                 incarnation=engine.incarnation,
+                phases=phases_in_order(slot.role),
                 num_restarts=slot.num_starts - 1,
                 pulses=engine.pulses,
                 endpoints=engine.endpoints,
@@ -264,7 +270,7 @@ class Supervisor:
         the old one is restarted in place, running requests wait, and new ones are told to come again.
         """
         names = {f"engine-{i}" for i in range(len(self.slots) + 1)} - {s.name for s in self.slots}
-        fresh = Slot(min(names), slot.config)
+        fresh = Slot(min(names), slot.config, slot.role)
         try:
             await self._bring_up(fresh)
         except XllmError as error:

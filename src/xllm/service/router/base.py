@@ -39,7 +39,8 @@ class InstanceView:
     tokens readable there), best tier first; the tier "expected" stands for pages that requests placed there
     a moment ago will leave. `recent_ms` is the work that this front placed there lately (`memory.py`).
     `max_reqs` None = it does not say. `phases` is its role: what it may be given. `old_phases` it had before
-    and still works off; empty = it is in a stable pool.
+    and still works off; empty = it is in a stable pool. `coming_reqs` of `coming_tokens` run their prompts
+    elsewhere and are to go on here.
     """
 
     name: str
@@ -52,10 +53,14 @@ class InstanceView:
     recent_ms: float = 0.0
     phases: frozenset[Phase] = MIXED
     old_phases: frozenset[Phase] = frozenset()
+    coming_reqs: int = 0
+    coming_tokens: int = 0
 
     @property
     def has_room(self) -> bool:
-        return self.max_reqs is None or max(self.num_reqs, self.engine.num_requests) < self.max_reqs
+        if self.max_reqs is None:
+            return True
+        return max(self.num_reqs, self.engine.num_requests) + self.coming_reqs < self.max_reqs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -87,6 +87,12 @@ def prospects_of(request: RequestView, snapshot: RouterSnapshot) -> list[Prospec
     ]
 
 
+def usual_cost(snapshot: RouterSnapshot) -> StepCost:
+    """What a step takes on an instance that has not told its own cost: one that never decodes learns none."""
+    known = [cost for cost in (_known(view.engine.cost) for view in snapshot.instances) if cost is not None]
+    return _mean(known) if known else NOMINAL
+
+
 def _mean(costs: list[StepCost]) -> StepCost:
     if len(costs) == 1:
         return costs[0]

@@ -43,6 +43,7 @@ class DecisionLog(NullObserver):
             model=model,
             instance=placement.instance,
             attempt=attempt,
+            **({"decode": placement.decode} if placement.decode is not None else {}),
             reasons=",".join(placement.reasons),
             scores=",".join(f"{name}:{score:.6g}" for name, score in best),
             **{name: value for name, value in predicted.items() if value is not None},
@@ -68,6 +69,9 @@ class DecisionLog(NullObserver):
         log_event(
             log, "instance", instance=name, state=state, reason=reason, detect_ms=round(detect_s * 1000, 3)
         )
+
+    def on_role(self, name: str, old: str, new: str, reason: str, numbers: str) -> None:
+        log_event(log, "role", instance=name, old=old, new=new, reason=reason, numbers=numbers)
 
     def on_ended(self, record: RequestRecord) -> None:
         self._names.pop(record.request_id, None)

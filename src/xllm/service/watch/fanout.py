@@ -58,6 +58,9 @@ class FanOut:
     def on_instance(self, name: str, state: InstanceState, reason: str, detect_s: float) -> None:
         self._tell("on_instance", name, state, reason, detect_s)
 
+    def on_role(self, name: str, old: str, new: str, reason: str, numbers: str) -> None:
+        self._tell("on_role", name, old, new, reason, numbers)
+
     def on_ended(self, record: RequestRecord) -> None:
         self._tell("on_ended", record)
 

@@ -193,6 +193,9 @@ class NativeOps:
         memory = self._page_memory(num_pages, group.page_bytes(*self._kv_bytes))
         return Buffer(Pages(memory, self._kv_class))
 
+    def page_memory(self, pages: Buffer) -> npt.NDArray[np.uint8] | None:
+        return _pages(pages).array
+
     def copy_page(self, pages: Buffer, src: int, dst: int) -> None:
         array = _pages(pages).array
         array[dst] = array[src]

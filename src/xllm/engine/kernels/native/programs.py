@@ -119,6 +119,10 @@ class Programs:
     def finished_layers(self) -> int:
         return int(self.control.finished_layers)
 
+    def forget_layers(self) -> None:
+        """Between two steps: the word speaks of none."""
+        self.control.finished_layers = 0
+
     @property
     def counters(self) -> ProgramCounters:
         return ProgramCounters(

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
@@ -104,6 +105,13 @@ class TorchOps:
         # numpy leaves zeroing to the kernel, page by page at first use: gigabytes cost nothing at start.
         raw = np.zeros(math.prod(shape) * self._dtype.itemsize, dtype=np.uint8)
         return _b(torch.from_numpy(raw).view(self._dtype).view(shape))
+
+    def page_memory(self, pages: Buffer) -> npt.NDArray[np.uint8] | None:
+        tensor = _t(pages)
+        if tensor.device.type != "cpu":
+            return None
+        view: npt.NDArray[np.uint8] = tensor.view(len(tensor), -1).view(torch.uint8).numpy()
+        return view
 
     def copy_page(self, pages: Buffer, src: int, dst: int) -> None:
         _t(pages)[dst].copy_(_t(pages)[src])

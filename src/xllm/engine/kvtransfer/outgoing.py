@@ -1,0 +1,213 @@
+"""The sending side of one transfer: what is to be copied, in which order, and what was.
+
+Jobs stand in one queue, so a page's digest is taken after its last copy and Finish leaves after everything.
+How bytes travel is a `Writer`'s matter; sockets, time limits and events are `plane`'s.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import msgspec
+
+from xllm.engine.kvtransfer.base import Manifest, Pushed
+from xllm.engine.kvtransfer.connection import Connection
+from xllm.engine.kvtransfer.copying import page_digests
+from xllm.engine.kvtransfer.memory import KVMemory
+from xllm.engine.kvtransfer.messages import Accept, Finish, Message, Wrote
+from xllm.errors import InternalError, XllmError
+
+PIECE_BYTES = 1 << 20
+"""Copied in one go: short enough that a socket or a cancel does not wait for it."""
+
+_DIGESTS_AT_ONCE = 4
+
+
+class Step(Enum):
+    CONNECTING = 1
+    OFFERED = 2
+    ACCEPTED = 3
+    FINISHED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes [offset, offset + length) of pages of one group."""
+
+    group: int
+    indices: tuple[int, ...]
+    pages: tuple[int, ...]
+    offset: int
+    length: int
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.indices) * self.length
+
+
+@dataclass(frozen=True, slots=True)
+class _Seal:
+    """All parts of these pages have been copied: take their digests and tell them."""
+
+    group: int
+    indices: tuple[int, ...]
+    pages: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Layered:
+    """Pages that the running step writes; layers < `num_layers` of each group are in the queue."""
+
+    pushed: Pushed
+    num_layers: list[int]
+
+
+Writer = Callable[["Outgoing", Part, tuple[int, ...]], None]
+"""Copies a part into these slots of the receiver, or sends it off; raises XllmError."""
+
+
+@dataclass(slots=True, eq=False)
+class Outgoing:
+    transfer_id: str
+    memory: KVMemory
+    num_pages: tuple[int, ...]
+    endpoints: deque[str] = field(default_factory=deque)
+    step: Step = Step.CONNECTING
+    connection: Connection | None = None
+    accepted: Accept | None = None
+    since_s: float = 0.0
+    """When the present step began."""
+    step_done_s: float = 0.0
+    num_bytes: int = 0
+    moving_s: float = 0.0
+    finishing: bool = False
+    in_flight: bool = False
+    """A part is with mooncake; nothing may follow, end or be released before it is back."""
+    given_up: bool = False
+    failure: XllmError | None = None
+    on_quiet: Callable[[], None] | None = None
+    """What is due when nothing is in flight any more."""
+    _jobs: deque[Part | _Seal | Finish] = field(default_factory=deque)
+    _layered: list[_Layered] = field(default_factory=list)
+    _digests: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    # -- from the step thread's calls ----------------------------------------------------------------
+
+    def push(self, pushed: Pushed) -> None:
+        """Raises InternalError for pages that do not exist or were not offered."""
+        self._check(pushed)
+        if pushed.after_layer:
+            self._layered.append(_Layered(pushed, [0] * len(self.memory.groups)))
+            return
+        for g, (indices, pages) in enumerate(zip(pushed.indices, pushed.pages, strict=True)):
+            self._copy(g, indices, pages, 0, self.memory.groups[g].page_bytes)
+            self._seal(g, indices, pages)
+
+    def step_done(self, trusted: bool, now_s: float) -> None:
+        """All layers are written. Not `trusted`: what was copied meanwhile may be of an earlier try."""
+        self.step_done_s = now_s
+        layered, self._layered = self._layered, []
+        for entry in layered:
+            pushed = entry.pushed
+            for g, (indices, pages) in enumerate(zip(pushed.indices, pushed.pages, strict=True)):
+                group, copied = self.memory.groups[g], entry.num_layers[g] if trusted else 0
+                if not copied:
+                    self._copy(g, indices, pages, 0, group.page_bytes)
+                for spans in group.spans[copied:] if copied else ():
+                    for offset, length in spans:
+                        self._copy(g, indices, pages, offset, length)
+                self._seal(g, indices, pages)
+
+    def layers_done(self, finished: int) -> None:
+        """The running step has finished so many of the model's layers."""
+        for entry in self._layered:
+            pushed = entry.pushed
+            for g, group in enumerate(self.memory.groups):
+                if not group.separable:
+                    continue
+                while (
+                    entry.num_layers[g] < len(group.layers) and group.layers[entry.num_layers[g]] < finished
+                ):
+                    for offset, length in group.spans[entry.num_layers[g]]:
+                        self._copy(g, pushed.indices[g], pushed.pages[g], offset, length)
+                    entry.num_layers[g] += 1
+
+    def finish(self, manifest: Manifest, step_done_s: float) -> None:
+        self.step_done(False, max(step_done_s, self.step_done_s))
+        self.finishing = True
+        self._jobs.append(
+            Finish(
+                transfer_id=self.transfer_id,
+                digests=(),
+                manifest=msgspec.msgpack.encode(manifest),
+                num_bytes=0,
+            )
+        )
+
+    @property
+    def watches_layers(self) -> bool:
+        return bool(self._layered)
+
+    @property
+    def has_jobs(self) -> bool:
+        return self.step is Step.ACCEPTED and bool(self._jobs) and not self.in_flight
+
+    # -- from the I/O loop ----------------------------------------------------------------------------
+
+    def work(self, write: Writer, say: Callable[[Message], None]) -> int:
+        """Do the next job; bytes that it copied or sent off."""
+        job = self._jobs.popleft()
+        if isinstance(job, Part):
+            write(self, job, self._slots(job.group, job.indices))
+            self.num_bytes += job.num_bytes
+            return job.num_bytes
+        if isinstance(job, _Seal):
+            digests = page_digests(self.memory.groups[job.group].pages, job.pages)
+            self._digests.update(zip(((job.group, i) for i in job.indices), digests, strict=True))
+            say(Wrote(transfer_id=self.transfer_id, group=job.group, indices=job.indices, digests=digests))
+            return len(job.pages) * self.memory.groups[job.group].page_bytes
+        say(msgspec.structs.replace(job, digests=self._all_digests(), num_bytes=self.num_bytes))
+        self.step = Step.FINISHED
+        return 0
+
+    def _all_digests(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        by_group: list[list[tuple[int, int]]] = [[] for _ in self.memory.groups]
+        for (g, index), digest in sorted(self._digests.items()):
+            by_group[g].append((index, digest))
+        return tuple(map(tuple, by_group))
+
+    def _slots(self, g: int, indices: Sequence[int]) -> tuple[int, ...]:
+        if self.accepted is None:
+            raise InternalError("a part is sent before its transfer was accepted")
+        slots = self.accepted.slots[g]
+        return tuple(slots[i] for i in indices)
+
+    def _copy(self, g: int, indices: Sequence[int], pages: Sequence[int], offset: int, length: int) -> None:
+        """In pieces. What is copied again has no digest until it is sealed again."""
+        if not length:
+            return
+        many = max(1, PIECE_BYTES // length)
+        for at in range(0, len(indices), many):
+            some = tuple(indices[at : at + many]), tuple(pages[at : at + many])
+            for part in range(0, length, PIECE_BYTES):
+                self._jobs.append(Part(g, *some, offset + part, min(PIECE_BYTES, length - part)))
+
+    def _seal(self, g: int, indices: Sequence[int], pages: Sequence[int]) -> None:
+        for at in range(0, len(indices), _DIGESTS_AT_ONCE):
+            end = at + _DIGESTS_AT_ONCE
+            self._jobs.append(_Seal(g, tuple(indices[at:end]), tuple(pages[at:end])))
+
+    def _check(self, pushed: Pushed) -> None:
+        groups = self.memory.groups
+        if not len(pushed.indices) == len(pushed.pages) == len(groups) == len(self.num_pages):
+            raise InternalError("pages of other groups than there are")
+        for g, (indices, pages) in enumerate(zip(pushed.indices, pushed.pages, strict=True)):
+            if len(indices) != len(pages):
+                raise InternalError("as many indices as pages are to be pushed")
+            if any(not 0 <= i < self.num_pages[g] for i in indices):
+                raise InternalError("more pages are pushed than were offered")
+            if any(not 0 <= p < groups[g].num_pages for p in pages):
+                raise InternalError("a page is pushed that does not exist")

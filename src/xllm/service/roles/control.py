@@ -1,0 +1,247 @@
+"""Which instance changes its role now, and why: a decision per period from predictions and what was seen.
+
+Among all splits of the instances into roles the one with the smallest worst miss is aimed at, but only when
+an objective is in danger, the gain is clear and the danger lasts; all mixed is a split like any other.
+No clock, no I/O; what must be remembered between two looks is a value of the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from xllm.service.roles.board import Phases, keeps_floors
+from xllm.service.roles.monitor import Demand
+from xllm.service.roles.outlook import Outlook, Split, Work, outlook, work_of
+from xllm.service.router.base import InstanceView
+from xllm.service.router.decode import running_tokens
+from xllm.types import DECODE, MIXED, PREFILL
+
+CONFIRM = 2
+"""Looks in a row that must find the same danger."""
+MIN_GAIN = 0.15
+"""Of the worst share: less is within the error of the predictions, and would flip back and forth."""
+BUSY = 0.5
+IDLE_S = 2.0
+_TIE = 0.05
+_MAX_BIAS = 8.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleLimits:
+    """Objectives, and how long an instance keeps a role at least."""
+
+    ttft_ms: float
+    tpot_ms: float
+    cooldown_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleView:
+    """One instance that takes requests. `tpot_ms` is what was seen lately, None = it hardly spoke.
+
+    `is_first_role`: it has the role that it came with; nothing has to cool down then.
+    """
+
+    load: InstanceView
+    epoch: int = 0
+    pinned: bool = False
+    since_s: float = 0.0
+    is_first_role: bool = True
+    tpot_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Switch:
+    """`epoch` is the one that was decided upon; the board refuses it if the role has changed since."""
+
+    instance: str
+    phases: Phases
+    epoch: int
+    reason: str
+    numbers: str
+
+
+@dataclass(slots=True)
+class ControlState:
+    """Of one model, owned by the caller: looks in a row that found a danger, and who has idled since when."""
+
+    num_seen: int = 0
+    idle_since_s: dict[str, float] = field(default_factory=dict)
+
+
+def tick(
+    views: Sequence[RoleView], demand: Demand, state: ControlState, limits: RoleLimits, now_s: float
+) -> tuple[Switch, ...]:
+    """At most one switch towards prefill and one towards decode. `views` are of one model."""
+    if len(views) < 2:
+        return ()
+    repair = _repair(views)
+    if repair is not None:
+        return (repair,)
+    work = _calibrated(views, work_of([v.load for v in views], demand))
+    now = _split(views)
+    present = outlook(now, work, limits.ttft_ms, limits.tpot_ms)
+    danger = _danger(views, present, state, now_s)
+    state.num_seen = state.num_seen + 1 if danger else 0
+    # Idleness has lasted already when it is found.
+    if not danger or (state.num_seen < CONFIRM and danger != "idle_prefill"):
+        return ()
+    free = [v for v in views if not v.pinned and (v.is_first_role or now_s - v.since_s >= limits.cooldown_s)]
+    target, reached = _target(views, work, limits, now)
+    if target == now or reached.worst > (1.0 - MIN_GAIN) * present.worst:
+        return ()
+    numbers = (
+        f"ttft={present.ttft:.2f}->{reached.ttft:.2f},tpot={present.tpot:.2f}->{reached.tpot:.2f},"
+        f"kv={present.kv:.2f}->{reached.kv:.2f},split={_told(now)}->{_told(target)},"
+        f"backlog_ms={work.backlog_ms:.0f},decoding={work.num_decoding:.0f}"
+    )
+    return _steps(views, free, now, target, danger, numbers)
+
+
+def _repair(views: Sequence[RoleView]) -> Switch | None:
+    """An instance was lost, and with it the last one of a phase: waiting for its return helps nobody."""
+    for phase in PREFILL | DECODE:
+        if not any(phase in v.load.phases for v in views):
+            free = [v for v in views if not v.pinned]
+            if free:
+                chosen = min(free, key=lambda v: (_num_tokens(v.load), v.load.name))
+                return Switch(
+                    instance=chosen.load.name,
+                    phases=MIXED,
+                    epoch=chosen.epoch,
+                    reason="floor",
+                    numbers=f"no_{phase}",
+                )
+    return None
+
+
+def _danger(views: Sequence[RoleView], present: Outlook, state: ControlState, now_s: float) -> str:
+    """The objective that is missed most, or idle instances while others are busy, or nothing."""
+    idle = {v.load.name for v in views if v.load.phases == PREFILL and _is_idle(v.load)}
+    state.idle_since_s = {name: state.idle_since_s.get(name, now_s) for name in idle}
+    if present.worst > 1.0:
+        return max(("ttft", present.ttft), ("tpot", present.tpot), ("kv", present.kv), key=lambda x: x[1])[0]
+    has_idled = any(now_s - since_s >= IDLE_S for since_s in state.idle_since_s.values())
+    return "idle_prefill" if has_idled and max(present.tpot, present.kv) > BUSY else ""
+
+
+def _is_idle(load: InstanceView) -> bool:
+    return max(load.backlog_tokens, load.engine.backlog_tokens) == 0 and load.engine.num_decoding == 0
+
+
+def _calibrated(views: Sequence[RoleView], work: Work) -> Work:
+    """Observed times per token correct the prediction: of streams that no prompt disturbs."""
+    ratios = []
+    for view in views:
+        engine = view.load.engine
+        is_pure = view.load.phases == DECODE and not view.load.old_phases and engine.num_decoding > 0
+        predicted_ms = work.cost.decode_ms(engine.num_decoding, engine.decode_context)
+        if is_pure and predicted_ms > 0.0 and view.tpot_ms is not None:
+            ratios.append(view.tpot_ms / predicted_ms)
+    if not ratios:
+        return work
+    bias = sum(ratios) / len(ratios)
+    return replace(work, tpot_bias=min(_MAX_BIAS, max(1.0 / _MAX_BIAS, bias)))
+
+
+def _split(views: Sequence[RoleView]) -> Split:
+    roles = [v.load.phases for v in views]
+    num_prefill, num_decode = roles.count(PREFILL), roles.count(DECODE)
+    return Split(num_prefill, len(roles) - num_prefill - num_decode, num_decode)
+
+
+def _target(views: Sequence[RoleView], work: Work, limits: RoleLimits, now: Split) -> tuple[Split, Outlook]:
+    """The split with the smallest worst share; of equally good ones the nearest, then the most mixed."""
+    roles = [v.load.phases for v in views]
+    fixed = _split([v for v in views if v.pinned])
+    found = [
+        (outlook(split, work, limits.ttft_ms, limits.tpot_ms), split)
+        for split in _splits(len(views))
+        if split.num_prefill >= fixed.num_prefill
+        and split.num_mixed >= fixed.num_mixed
+        and split.num_decode >= fixed.num_decode
+        and keeps_floors(roles, _roles(split))
+    ]
+    least = min(reached.worst for reached, _ in found)
+    near = [(reached, split) for reached, split in found if reached.worst <= least * (1.0 + _TIE)]
+    reached, split = min(near, key=lambda x: (_distance(now, x[1]), -x[1].num_mixed, x[0].worst, x[1]))
+    return split, reached
+
+
+def _splits(num: int) -> Iterator[Split]:
+    for num_prefill in range(num):
+        for num_decode in range(num - num_prefill + 1):
+            split = Split(num_prefill, num - num_prefill - num_decode, num_decode)
+            if split.num_mixed or (num_prefill and num_decode):
+                yield split
+
+
+def _roles(split: Split) -> list[Phases]:
+    return [PREFILL] * split.num_prefill + [MIXED] * split.num_mixed + [DECODE] * split.num_decode
+
+
+def _distance(a: Split, b: Split) -> int:
+    return sum(
+        abs(x - y)
+        for x, y in (
+            (a.num_prefill, b.num_prefill),
+            (a.num_mixed, b.num_mixed),
+            (a.num_decode, b.num_decode),
+        )
+    )
+
+
+def _steps(
+    views: Sequence[RoleView],
+    free: Sequence[RoleView],
+    now: Split,
+    target: Split,
+    danger: str,
+    numbers: str,
+) -> tuple[Switch, ...]:
+    """One step in each direction, the urgent one first."""
+    more_prefill = ((DECODE, PREFILL), (DECODE, MIXED), (MIXED, PREFILL))
+    more_decode = ((PREFILL, DECODE), (PREFILL, MIXED), (MIXED, DECODE))
+    directions = (more_prefill, more_decode) if danger == "ttft" else (more_decode, more_prefill)
+    roles = {v.load.name: v.load.phases for v in views}
+    missing = {
+        PREFILL: target.num_prefill - now.num_prefill,
+        MIXED: target.num_mixed - now.num_mixed,
+        DECODE: target.num_decode - now.num_decode,
+    }
+    switches = []
+    for direction in directions:
+        for source, sink in direction:
+            chosen = _choose(free, roles, source) if missing[source] < 0 < missing[sink] else None
+            after = {**roles, chosen.load.name: sink} if chosen is not None else roles
+            if chosen is None or not keeps_floors(tuple(roles.values()), tuple(after.values())):
+                continue
+            roles = after
+            missing[source] += 1
+            missing[sink] -= 1
+            switches.append(
+                Switch(
+                    instance=chosen.load.name,
+                    phases=sink,
+                    epoch=chosen.epoch,
+                    reason=danger,
+                    numbers=numbers,
+                )
+            )
+            break
+    return tuple(switches)
+
+
+def _choose(free: Sequence[RoleView], roles: dict[str, Phases], source: Phases) -> RoleView | None:
+    """Who has least to work off of what it loses; one that still has work of its former role comes first."""
+    able = [v for v in free if roles[v.load.name] == source == v.load.phases]
+    return min(able, key=lambda v: (not v.load.old_phases, _num_tokens(v.load), v.load.name), default=None)
+
+
+def _num_tokens(load: InstanceView) -> int:
+    return running_tokens(load) + max(load.backlog_tokens, load.engine.backlog_tokens)
+
+
+def _told(split: Split) -> str:
+    return f"{split.num_prefill}p{split.num_mixed}m{split.num_decode}d"
