@@ -23,9 +23,12 @@ from pathlib import Path
 
 from xllm.config import FrontConfig, SchedulerConfig
 from xllm.cost import StepCost
+from xllm.service.handover.record import HandoverRecord
+from xllm.service.snapshot import NullObserver
 from xllm.simulation.cluster import EngineShape, SimCluster
 from xllm.simulation.load import LoadPhase, Served, draw_load, serve_load
 from xllm.simulation.loop import run_virtual
+from xllm.simulation.network import Wire
 from xllm.types import SLO, Phase
 
 MAX_MODEL_LEN = 4096
@@ -48,6 +51,7 @@ class Machine:
     slo: SLO
     page_bytes: int
     chunk: int
+    small_chunk: int
     max_num_seqs: int
     phases: tuple[LoadPhase, ...]
     bytes_per_s: float
@@ -59,11 +63,12 @@ CPU = Machine(
     slo=SLO(ttft_ms=1000.0, tpot_ms=30.0),
     page_bytes=1_474_560,
     chunk=512,
+    small_chunk=128,
     max_num_seqs=64,
     phases=(
-        LoadPhase(name="prompts", lasts_s=20.0, rate=4.0, prompt_len=1100, output_len=8),
-        LoadPhase(name="decoding", lasts_s=20.0, rate=4.0, prompt_len=120, output_len=160),
-        LoadPhase(name="prompts again", lasts_s=20.0, rate=4.0, prompt_len=1100, output_len=8),
+        LoadPhase(name="prompts", lasts_s=20.0, rate=4.0, prompt_len=1000, output_len=32),
+        LoadPhase(name="decoding", lasts_s=20.0, rate=8.0, prompt_len=120, output_len=160),
+        LoadPhase(name="prompts again", lasts_s=20.0, rate=4.0, prompt_len=1000, output_len=32),
     ),
     bytes_per_s=3e9,
 )
@@ -72,12 +77,13 @@ GPU = Machine(
     step=StepCost((10.0, 0.05, 0.000005, 0.05, 0.00001)),
     slo=SLO(ttft_ms=1000.0, tpot_ms=16.0),
     page_bytes=8_388_608,
-    chunk=512,
+    chunk=1024,
+    small_chunk=96,
     max_num_seqs=128,
     phases=(
-        LoadPhase(name="prompts", lasts_s=20.0, rate=5.0, prompt_len=1500, output_len=8),
-        LoadPhase(name="decoding", lasts_s=20.0, rate=8.0, prompt_len=100, output_len=200),
-        LoadPhase(name="prompts again", lasts_s=20.0, rate=5.0, prompt_len=1500, output_len=8),
+        LoadPhase(name="prompts", lasts_s=20.0, rate=4.5, prompt_len=1400, output_len=32),
+        LoadPhase(name="decoding", lasts_s=20.0, rate=9.0, prompt_len=100, output_len=250),
+        LoadPhase(name="prompts again", lasts_s=20.0, rate=4.5, prompt_len=1400, output_len=32),
     ),
     bytes_per_s=20e9,
 )
@@ -92,7 +98,7 @@ class Policy:
     roles: str
     router: str = "slo-aware"
     adaptive: bool = False
-    chunk: int | None = None
+    small_chunks: bool = False
 
 
 def policies(num_instances: int) -> list[Policy]:
@@ -100,9 +106,15 @@ def policies(num_instances: int) -> list[Policy]:
     splits = sorted({1, half, num_instances - 1})
     found = [
         Policy(name="mixed, slo-aware", roles="M" * num_instances),
-        Policy(name="mixed, slo-aware, small chunks", roles="M" * num_instances, chunk=64),
+        Policy(name="mixed, slo-aware, small chunks", roles="M" * num_instances, small_chunks=True),
         Policy(name="mixed, round-robin", roles="M" * num_instances, router="round-robin"),
         Policy(name="mixed, least-load", roles="M" * num_instances, router="least-load"),
+        Policy(
+            name="mixed, least-load, small chunks",
+            roles="M" * num_instances,
+            router="least-load",
+            small_chunks=True,
+        ),
     ]
     for p in splits:
         roles = "P" * p + "D" * (num_instances - p)
@@ -115,6 +127,20 @@ def policies(num_instances: int) -> list[Policy]:
         Policy(name="adaptive from mixed", roles="M" * num_instances, adaptive=True),
     ]
     return found
+
+
+class Watch(NullObserver):
+    """Counts what only the front can tell."""
+
+    def __init__(self) -> None:
+        self.flips: list[str] = []
+        self.num_handovers = 0
+
+    def on_role(self, name: str, source: str, target: str, reason: str, numbers: str) -> None:
+        self.flips.append(f"{name}: {source} to {target} ({reason}) {numbers}")
+
+    def on_handover(self, record: HandoverRecord) -> None:
+        self.num_handovers += record.outcome == "done"
 
 
 @dataclass(slots=True)
@@ -131,6 +157,8 @@ class Outcome:
     num_handovers: int = 0
     ttft_p90_ms: float = 0.0
     tpot_p90_ms: float = 0.0
+    second_p50_ms: float = 0.0
+    second_p90_ms: float = 0.0
     took_s: float = 0.0
 
 
@@ -141,6 +169,8 @@ COLUMNS = {
     "goodput": ("goodput", 2),
     "p90 ttft": ("ttft_p90_ms", 0),
     "p90 tpot": ("tpot_p90_ms", 1),
+    "2nd p50": ("second_p50_ms", 0),
+    "2nd p90": ("second_p90_ms", 0),
     "lost": ("num_lost", 1),
     "flips": ("flips_per_min", 1),
     "moves": ("num_handovers", 0),
@@ -181,7 +211,7 @@ async def _run(machine: Machine, policy: Policy, seed: int, scale: float) -> Out
         num_pages=4096,
         scheduler=SchedulerConfig(
             max_num_seqs=machine.max_num_seqs,
-            max_num_batched_tokens=policy.chunk or machine.chunk,
+            max_num_batched_tokens=machine.small_chunk if policy.small_chunks else machine.chunk,
             max_num_queued_reqs=4096,
         ),
         step_time=machine.step,
@@ -189,13 +219,18 @@ async def _run(machine: Machine, policy: Policy, seed: int, scale: float) -> Out
         page_bytes=machine.page_bytes,
         exact=False,
     )
-    cluster = SimCluster(config, shape, rng=random.Random(seed))
+    watch = Watch()
+    wire = Wire(latency_s=0.0002, bytes_per_s=machine.bytes_per_s)
+    cluster = SimCluster(config, shape, rng=random.Random(seed), observer=watch, wire=wire)
     for i, role in enumerate(policy.roles):
         cluster.phases[f"e{i}"] = ROLES[role]
         await cluster.add(f"e{i}")
     await asyncio.sleep(SETTLE_S)
     served = await serve_load(cluster.front, requests, machine.slo)
-    outcome = measured(served, machine.slo, sum(p.lasts_s for p in phases))
+    lasts_s = sum(p.lasts_s for p in phases)
+    outcome = measured(served, machine.slo, lasts_s)
+    outcome.flips_per_min = 60.0 * len(watch.flips) / lasts_s
+    outcome.num_handovers = watch.num_handovers
     await cluster.close()
     return outcome
 
@@ -216,6 +251,8 @@ def measured(served: Sequence[Served], slo: SLO, lasts_s: float) -> Outcome:
         num_lost=len(served) - len(ended),
         ttft_p90_ms=1000 * _p90([s.ttft_s for s in ended]),
         tpot_p90_ms=1000 * _p90([s.tpot_s for s in ended]),
+        second_p50_ms=1000 * statistics.median([s.second_s for s in ended]),
+        second_p90_ms=1000 * _p90([s.second_s for s in ended]),
     )
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 from xllm.engine.hub import pulse_of
 from xllm.simulation.device import ASSETS, Device, DeviceLostError
-from xllm.simulation.hand_over import PAGE_BYTES
 from xllm.simulation.link import SimStream, connect
 from xllm.simulation.message_loop import SimInbox, SimPort, VirtualEngineLoop
 from xllm.simulation.network import Network
@@ -160,7 +159,7 @@ class SimEngine:
             network,
             self.endpoint,
             device.kv,
-            page_bytes=(PAGE_BYTES // len(device.kv),) * len(device.kv),
+            page_bytes=(device.card.page_bytes // len(device.kv),) * len(device.kv),
             compatible=f"{device.card.numerics_class} {device.card.kv_layout_digest}",
             tell=lambda event: self._inbox.put((None, event)),
             may_run=self._may_run.wait,

@@ -38,11 +38,12 @@ class LoadRequest:
 
 @dataclass(slots=True)
 class Served:
-    """`gaps_s` = time between its first and last token; 0 tokens = refused or failed."""
+    """`decode_s` = first to last token, `second_s` first to second. No tokens = refused or failed."""
 
     request: LoadRequest
     ttft_s: float = float("inf")
     decode_s: float = 0.0
+    second_s: float = 0.0
     num_tokens: int = 0
     longest_gap_s: float = 0.0
     ended: bool = False
@@ -108,6 +109,8 @@ async def _read(front: Front, number: int, request: LoadRequest, slo: SLO) -> Se
             if served.num_tokens == 0:
                 served.ttft_s = now_s - begun_s
             else:
+                if served.decode_s == 0.0:
+                    served.second_s = now_s - last_s
                 served.decode_s += now_s - last_s
                 served.longest_gap_s = max(served.longest_gap_s, now_s - last_s)
             served.num_tokens += len(delta.token_ids)
