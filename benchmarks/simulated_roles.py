@@ -137,7 +137,8 @@ class Watch(NullObserver):
         self.num_handovers = 0
 
     def on_role(self, name: str, source: str, target: str, reason: str, numbers: str) -> None:
-        self.flips.append(f"{name}: {source} to {target} ({reason}) {numbers}")
+        now_s = asyncio.get_running_loop().time() - 1001.0
+        self.flips.append(f"{now_s:6.1f} s {name}: {source} to {target} ({reason}) {numbers}")
 
     def on_handover(self, record: HandoverRecord) -> None:
         self.num_handovers += record.outcome == "done"
@@ -160,6 +161,7 @@ class Outcome:
     second_p50_ms: float = 0.0
     second_p90_ms: float = 0.0
     took_s: float = 0.0
+    flips: list[str] = field(default_factory=list)
 
 
 COLUMNS = {
@@ -231,6 +233,7 @@ async def _run(machine: Machine, policy: Policy, seed: int, scale: float) -> Out
     outcome = measured(served, machine.slo, lasts_s)
     outcome.flips_per_min = 60.0 * len(watch.flips) / lasts_s
     outcome.num_handovers = watch.num_handovers
+    outcome.flips = watch.flips
     await cluster.close()
     return outcome
 
@@ -267,6 +270,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="length of the phases, as a factor")
     parser.add_argument("--only", default="", help="policies whose name contains this")
+    parser.add_argument("--flips", action="store_true", help="print each change of a role")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     logging.disable(logging.CRITICAL)
@@ -307,7 +311,7 @@ def show(name: str, runs: Sequence[Outcome]) -> dict[str, object]:
     by_phase = {phase: statistics.mean(run.kept[phase] for run in runs) for phase in runs[0].kept}
     columns = "".join(f"{mean(of):9.{digits}f}" for of, digits in COLUMNS.values())
     print(f"{name:34}{columns}   " + " ".join(f"{v:.2f}" for v in by_phase.values()), flush=True)
-    keys = [f for f in Outcome.__slots__ if f != "kept"]
+    keys = [f for f in Outcome.__slots__ if f not in ("kept", "flips")]
     return {**{key: mean(key) for key in keys}, "kept": by_phase}
 
 

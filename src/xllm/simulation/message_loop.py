@@ -80,6 +80,7 @@ class VirtualEngineLoop(EngineLoop):
             await may_run.wait()
             if not self._take_messages(may_wait=False):
                 break
+            self._answer_moves()
             ran = await self._advance(may_run, take_time)
             if not self._publish(ran):
                 break
