@@ -17,6 +17,7 @@ from xllm.types import PAGE_SIZE
 
 class NullPlatform:
     name = "null"
+    runner_type: type[NullRunner] = NullRunner
 
     def __init__(self, shared: SharedPages | None = None) -> None:
         self._shared = shared
@@ -43,7 +44,7 @@ class NullPlatform:
         num_pages = (per_group,) * len(layout.groups)
         kv = None if self._shared is None else token_pages(self._shared, num_pages)
         return BuiltRunner(
-            runner=NullRunner(layout, num_pages, arch.vocab_size, sampler, kv=kv),
+            runner=self.runner_type(layout, num_pages, arch.vocab_size, sampler, kv=kv),
             num_pages=num_pages,
             report=(
                 f"num_pages={per_group} per KV group",
