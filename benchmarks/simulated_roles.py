@@ -81,9 +81,9 @@ GPU = Machine(
     small_chunk=96,
     max_num_seqs=128,
     phases=(
-        LoadPhase(name="prompts", lasts_s=20.0, rate=4.5, prompt_len=1400, output_len=32),
-        LoadPhase(name="decoding", lasts_s=20.0, rate=9.0, prompt_len=100, output_len=250),
-        LoadPhase(name="prompts again", lasts_s=20.0, rate=4.5, prompt_len=1400, output_len=32),
+        LoadPhase(name="prompts", lasts_s=20.0, rate=5.5, prompt_len=1400, output_len=32),
+        LoadPhase(name="decoding", lasts_s=20.0, rate=13.0, prompt_len=100, output_len=250),
+        LoadPhase(name="prompts again", lasts_s=20.0, rate=5.5, prompt_len=1400, output_len=32),
     ),
     bytes_per_s=20e9,
 )
