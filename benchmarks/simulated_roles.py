@@ -125,6 +125,15 @@ def policies(num_instances: int) -> list[Policy]:
         Policy(name=f"static {half}P+{half}D, least-load", roles=roles, router="least-load"),
         Policy(name=f"adaptive from {half}P+{half}D", roles=roles, adaptive=True),
         Policy(name="adaptive from mixed", roles="M" * num_instances, adaptive=True),
+        Policy(
+            name=f"adaptive from {half}P+{half}D, least-load", roles=roles, router="least-load", adaptive=True
+        ),
+        Policy(
+            name="adaptive from mixed, least-load",
+            roles="M" * num_instances,
+            router="least-load",
+            adaptive=True,
+        ),
     ]
     return found
 

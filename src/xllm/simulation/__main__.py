@@ -61,6 +61,7 @@ def many(seeds: range) -> int:
             completed=report.num_completed,
             faults=report.num_faults_hit,
             losses=report.num_losses,
+            switches=report.num_switches,
             claimed_rows=report.num_claimed_rows,
             link_faults=report.num_link_faults_hit,
         )

@@ -27,23 +27,36 @@ class SimMove:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SimSwitch:
+    at_s: float
+    instance: int
+    role: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HandOvers:
-    """`everyone`: each request decodes elsewhere than where its prompt is computed."""
+    """`everyone`: each request decodes elsewhere than where its prompt is computed. `roles` by instance is
+    what each starts with (none = all mixed); `switches` give another one, at their time, if floors allow."""
 
     wire: Wire
     mode: Literal["push", "pull"] = "push"
     everyone: bool = False
     moves: tuple[SimMove, ...] = ()
+    roles: tuple[str, ...] = ()
+    switches: tuple[SimSwitch, ...] = ()
+    adaptive: bool = False
 
     def describe(self) -> str:
         page_ms = 1000 * PAGE_BYTES / self.wire.bytes_per_s
         sides = "one-sided" if self.wire.one_sided else "two-sided"
         who = ", everyone is handed over" if self.everyone else ""
-        return f"{self.mode}, {sides}, {page_ms:g} ms a page{who}"
+        roles = f", roles {' '.join(self.roles) or 'all mixed'}{' to be adapted' if self.adaptive else ''}"
+        return f"{self.mode}, {sides}, {page_ms:g} ms a page{who}{roles}"
 
 
 def draw_hand_overs(rng: random.Random, num_instances: int, num_requests: int) -> HandOvers:
-    everyone = rng.random() < 0.6
+    everyone = rng.random() < 0.5
+    with_roles = not everyone and rng.random() < 0.7
     num_moves = rng.choice((0, 2, 8)) if everyone else rng.choice((3, 8, 20))
     moves = [
         SimMove(
@@ -61,8 +74,30 @@ def draw_hand_overs(rng: random.Random, num_instances: int, num_requests: int) -
         ),
         mode=rng.choice(("push", "push", "pull")),
         everyone=everyone,
+        roles=_roles(rng, num_instances) if with_roles else (),
+        switches=_switches(rng, num_instances) if with_roles else (),
+        adaptive=with_roles and rng.random() < 0.3,
         moves=tuple(sorted(moves, key=lambda m: (m.request, m.after, m.instance))),
     )
+
+
+def _roles(rng: random.Random, num_instances: int) -> tuple[str, ...]:
+    """Somebody for either phase."""
+    roles = ["prefill", "decode", *rng.choices(("prefill", "decode", "mixed"), k=num_instances - 2)]
+    rng.shuffle(roles)
+    return tuple(roles)
+
+
+def _switches(rng: random.Random, num_instances: int) -> tuple[SimSwitch, ...]:
+    switches = [
+        SimSwitch(
+            at_s=round(rng.uniform(0.0, 6.0), 4),
+            instance=rng.randrange(num_instances),
+            role=rng.choice(("prefill", "decode", "mixed")),
+        )
+        for _ in range(rng.choice((0, 2, 6)))
+    ]
+    return tuple(sorted(switches, key=lambda s: (s.at_s, s.instance, s.role)))
 
 
 def elsewhere(policy: RouterPolicy) -> RouterPolicy:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from xllm import ids
+from xllm.config.instances import ROLES, phases_in_order
+from xllm.errors import XllmError
 from xllm.service.router.base import RouterPolicy
 from xllm.service.router.registry import load_policy
 from xllm.simulation.client import Client, Outcome
@@ -21,7 +23,7 @@ from xllm.simulation.device import Draws
 from xllm.simulation.engine import SimEngine
 from xllm.simulation.faults import FaultPlayer
 from xllm.simulation.golden import golden_output
-from xllm.simulation.hand_over import PAGE_BYTES, elsewhere
+from xllm.simulation.hand_over import PAGE_BYTES, SimSwitch, elsewhere
 from xllm.simulation.loop import StuckError, run_virtual
 from xllm.simulation.oracle import judge
 from xllm.simulation.record import Observer, Record, Timeline
@@ -52,6 +54,7 @@ class Report:
     error_codes: tuple[str, ...] = ()
     gaps_s: tuple[float, ...] = ()
     handovers: Counter[tuple[str, str]] = field(default_factory=Counter)
+    num_switches: int = 0
     num_claimed_rows: int = 0
     num_link_faults_hit: int = 0
 
@@ -127,6 +130,12 @@ class _Run:
             router=_router(schedule),
             wire=None if hand_overs is None else hand_overs.wire,
         )
+        switches: tuple[SimSwitch, ...] = ()
+        if hand_overs is not None:
+            switches = hand_overs.switches
+            cluster.phases = {
+                f"engine-{i}": phases_in_order(ROLES[role]) for i, role in enumerate(hand_overs.roles)
+            }
         player = FaultPlayer(cluster, timeline, origin_s, log)
         names = [f"engine-{i}" for i in range(len(schedule.starts_s))]
         movers = [_mover(cluster, schedule, i, names, log) for i in range(len(schedule.requests))]
@@ -136,7 +145,8 @@ class _Run:
         ]
         starts = [player.start(n, at - HEAD_START_S) for n, at in zip(names, schedule.starts_s, strict=True)]
         faults = [player.play(f, names[f.instance]) for f in schedule.faults]
-        side = [loop.create_task(w, name="fault") for w in (*starts, *faults)]
+        roles = [_switch(cluster, s, names[s.instance], origin_s, log) for s in switches]
+        side = [loop.create_task(w, name="fault") for w in (*starts, *faults, *roles)]
         readers = [loop.create_task(c.run(), name=f"client {i}") for i, c in enumerate(clients)]
         await asyncio.sleep(schedule.last_event_s)
         await asyncio.wait(readers, timeout=END_AFTER_S)
@@ -176,6 +186,7 @@ class _Run:
             error_codes=tuple(code for o in record.outcomes if (code := _code(o)) is not None),
             gaps_s=tuple(observer.gaps_s),
             handovers=observer.handovers,
+            num_switches=observer.num_switches,
             num_claimed_rows=sum(e.device.core.mover.counters.claimed_rows for e in cluster.processes),
             num_link_faults_hit=0 if cluster.network is None else cluster.network.num_faults_hit,
         )
@@ -185,6 +196,18 @@ def _router(schedule: Schedule) -> RouterPolicy | None:
     if schedule.hand_overs is None or not schedule.hand_overs.everyone:
         return None
     return elsewhere(load_policy(schedule.front.router_policy))
+
+
+async def _switch(
+    cluster: SimCluster, switch: SimSwitch, name: str, origin_s: float, log: Callable[..., None]
+) -> None:
+    """What an operator does; an instance that is not there, or one too many, is refused."""
+    await asyncio.sleep(origin_s + switch.at_s - asyncio.get_running_loop().time())
+    try:
+        standing = cluster.front.set_role(name, switch.role, None, pinned=False)
+        log("role", name, switch.role, standing.epoch)
+    except XllmError as error:
+        log("role", name, switch.role, error.code)
 
 
 def _mover(

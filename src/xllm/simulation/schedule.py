@@ -115,7 +115,12 @@ def make_schedule(seed: int) -> Schedule:
     return replace(
         schedule,
         hand_overs=hand_overs,
-        front=replace(schedule.front, transfer_mode=hand_overs.mode),
+        front=replace(
+            schedule.front,
+            transfer_mode=hand_overs.mode,
+            role_control="adaptive" if hand_overs.adaptive else "static",
+            role_period_s=0.5,
+        ),
         faults=tuple(sorted(faults, key=_order)),
     )
 

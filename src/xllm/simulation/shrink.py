@@ -53,7 +53,8 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
         hand_overs = schedule.hand_overs
         if hand_overs is not None:
             moves = tuple(m for m in hand_overs.moves if m.instance < last)
-            hand_overs = replace(hand_overs, moves=moves)
+            switches = tuple(s for s in hand_overs.switches if s.instance < last)
+            hand_overs = replace(hand_overs, moves=moves, switches=switches, roles=hand_overs.roles[:last])
         yield replace(schedule, starts_s=schedule.starts_s[:last], faults=kept, hand_overs=hand_overs)
     for i, request in enumerate(requests):
         plain = _plain(request)
@@ -63,6 +64,10 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
 
 def _fewer_moves(hand_overs: HandOvers) -> Iterator[HandOvers]:
     moves = hand_overs.moves
+    if hand_overs.switches:
+        yield replace(hand_overs, switches=())
+    if hand_overs.roles:
+        yield replace(hand_overs, roles=(), switches=(), adaptive=False)
     if hand_overs.everyone:
         yield replace(hand_overs, everyone=False)
     if len(moves) > 1:

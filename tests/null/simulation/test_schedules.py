@@ -49,6 +49,7 @@ def test_the_schedules_hold_every_kind_of_fault_and_reader() -> None:
     habits = Counter(request.habit for schedule in schedules for request in schedule.requests)
     assert set(kinds) == {*KINDS, *LINK_KINDS}
     assert {s.hand_overs.wire.one_sided for s in schedules if s.hand_overs} == {False, True}
+    assert {bool(s.hand_overs.roles) for s in schedules if s.hand_overs} == {False, True}
     assert {s.hand_overs.mode for s in schedules if s.hand_overs} == {"push", "pull"}
     assert set(habits) == {"read", "slow", "leave", "abort", "stall"}
     assert {schedule.servers for schedule in schedules} == {False, True}
