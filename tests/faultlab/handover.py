@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 
 from benchmarks.faults import faults
+from benchmarks.faults.run import golden
 from benchmarks.faults.streams import Answer, BrokenStreamError, ask
 from tests.faultlab.lab import environment
 from tests.faultlab.tcpproxy import HEALTHY, TcpProxy
@@ -128,8 +129,31 @@ class HandoverLab:
         for proxy in self.proxies:
             proxy.set(HEALTHY)
 
-    def num_handed_over(self) -> float:
-        return self.server.count("xllm:kv_transfer_bytes_total")
+    def ways(self) -> set[str]:
+        """In which ways its engines take pages."""
+        data = httpx.get(f"{self.server.base_url}/instances", timeout=30, trust_env=False).json()
+        return {kind for i in data["instances"] for kind in i["endpoints"]}
+
+    def num_taken(self) -> int:
+        """Requests that engines running now have taken over with pages that were used."""
+        data = httpx.get(f"{self.server.base_url}/instances", timeout=30, trust_env=False).json()
+        return sum(i["moves"]["in"] for i in data["instances"])
+
+    def num_failures(self) -> float:
+        return self.server.count("xllm:kv_transfer_failures_total")
+
+    def wait_works_again(self, bodies: list[dict[str, Any]], wanted: list[Answer]) -> None:
+        """Pages are given back, and requests are handed over as before."""
+        self.wait_idle()
+        before = self.num_taken()
+
+        def again() -> bool:
+            got = asyncio.run(golden(self.server.base_url, bodies))
+            assert Struck(pid=0, answers=list(got)).differences(wanted) == []
+            return self.num_taken() > before
+
+        wait_for(again, "hand-overs work again")
+        self.wait_idle()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

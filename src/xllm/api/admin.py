@@ -81,6 +81,13 @@ def _instance(i: InstanceSnapshot) -> dict[str, Any]:
                 "indexed": i.num_indexed_pages,
             },
         },
+        "moves": {
+            "out": engine.num_moved_out,
+            "in": engine.num_moved_in,
+            "failed": engine.num_failed_moves,
+            "sent_bytes": engine.sent_bytes,
+            "received_bytes": engine.received_bytes,
+        },
         "hit_rate": None if hit_rate is None else round(hit_rate, 4),
         "preemptions": engine.num_preemptions,
         "steps": engine.step,

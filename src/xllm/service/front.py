@@ -264,6 +264,10 @@ class Front:
             ticket.live.fail(AbortedError("the request was aborted"))
         return ticket is not None
 
+    def move(self, request_id: str, target: str) -> str:
+        """Let a running request go on at the instance of that name. "" = it is under way; else why not."""
+        return self._dispatch.move(request_id, target)
+
     # -- what instances and streams tell -----------------------------------------------------------
 
     def _moved(self, instance: Instance, message: Moved) -> None:

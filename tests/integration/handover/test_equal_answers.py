@@ -67,14 +67,15 @@ def check(folder: Path, model: str, way: Way, wanted: list[Answer]) -> None:
         assert [
             first_difference(a, b) for a, b in zip(wanted, got, strict=True) if a.content() != b.content()
         ] == []
+        assert lab.ways() == {"unix" if way.transfer == "shm" else way.transfer}
         check_handed_over(lab)
         lab.wait_idle()
 
 
 def check_handed_over(lab: HandoverLab) -> None:
-    """Every request that can go on elsewhere did, and none was computed twice instead."""
-    assert lab.server.count("xllm:kv_transfer_failures_total") == 0
-    assert lab.num_handed_over() > 0, "nothing was handed over"
+    """Requests went on from pages that came, and none was computed twice instead."""
+    assert lab.num_failures() == 0
+    assert lab.num_taken() > len(BODIES) // 2, "hardly anything was handed over"
 
 
 @pytest.mark.parametrize("way", FEW, ids=str)
