@@ -179,6 +179,7 @@ class EngineCore:
             last_step_ms=self._last_step_ms,
             cost=self._pace.coefficients,
             cost_error=self._pace.error,
+            half_cost=self._pace.half,
             draining=self._draining,
             num_moved_out=moves.num_out,
             num_moved_in=moves.num_in,

@@ -234,7 +234,12 @@ class RoleKeeper:
         return keeps_floors(before, after)
 
     def _run_control(self, now_s: float) -> None:
-        models = {i.card.model_id for i in self._catalogue.instances() if i.routable}
+        """Of models whose group is there: while engines are still starting nothing is lost that must be made
+        up for. And of those whose instances can hand over, as roles mean nothing to others."""
+        self.lacking()
+        here = [i for i in self._catalogue.instances() if i.routable]
+        alone = {i.card.model_id for i in here if not i.about.endpoints}
+        models = self._complete & {i.card.model_id for i in here} - alone
         for gone in self._control.keys() - models:
             del self._control[gone]
         for model_id in sorted(models):

@@ -218,6 +218,29 @@ async def test_adaptive_control_switches_within_two_periods_and_says_why(house: 
     assert "ttft=" in told[0][4]
 
 
+async def test_where_nothing_can_be_handed_over_roles_are_names(house: House) -> None:
+    house.reconfigure(role_control="adaptive")
+    engines = [
+        await house.engine(join=role(phase, endpoints=()), auto=False) for phase in ("prefill", "decode")
+    ]
+    streams = [await house.submit() for _ in range(2)]
+    await turns(lambda: all(engine.request_ids for engine in engines))
+    engines[0].tell(Stats(snapshot=EngineSnapshot(backlog_tokens=90_000, num_requests=5, num_running=1)))
+    await turns(lambda: house.front.snapshot().instances[0].engine.backlog_tokens == 90_000)
+    house.pass_time(5.0)
+    assert house.front.snapshot().num_role_switches == {}
+    for stream in streams:
+        await stream.aclose()
+
+
+async def test_engines_that_are_still_starting_are_not_made_up_for(house: House) -> None:
+    house.reconfigure(role_control="adaptive")
+    await house.engine(join=role("prefill"))
+    await house.engine(join=role("prefill"))
+    house.pass_time(5.0)
+    assert house.front.snapshot().num_role_switches == {}
+
+
 async def test_static_control_switches_nothing(house: House) -> None:
     await flooded(house)
     house.pass_time(20.0)
