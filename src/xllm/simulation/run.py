@@ -221,7 +221,7 @@ def _mover(
         for move in moves:
             if move.after == len(outcome.deltas) and outcome.spec is not None:
                 request_id, target = outcome.spec.request_id, names[move.instance]
-                log("move", request_id, target, cluster.front._dispatch.move(request_id, target))
+                log("move", request_id, target, cluster.front.move(request_id, target))
 
     return on_delta
 
