@@ -98,7 +98,18 @@ class CostFitter:
         if self._is_due():
             self._cost, self._half = self._refit(), None
         elif self._cost is None and self._num_steps % _HALF_EVERY == 0:
-            self._half = self._refit()
+            self._half = self._known_half(self._refit())
+
+    def _known_half(self, cost: StepCost | None) -> StepCost | None:
+        """Without what a handful of steps of the other kind would claim."""
+        if cost is None:
+            return None
+        c0, c1, c2, c3, c4 = cost.coefficients
+        if self._num_prefill < MIN_OF_A_KIND:
+            c1 = c2 = 0.0
+        if self._num_decode < MIN_OF_A_KIND:
+            c3 = c4 = 0.0
+        return StepCost((c0, c1, c2, c3, c4))
 
     def _weigh(
         self, rows: float, context: float, num: float, decode_context: float, elapsed_ms: float

@@ -47,6 +47,9 @@ def test_nothing_is_said_before_enough_varied_steps() -> None:
     for work in works(random.Random(1), 200, prefill=False):
         fitter.observe(*work, TRUE.step_ms(*work))
     assert fitter.cost() is None
+    fitter.observe(1, 1, 0, 0, 5000.0)
+    for work in works(random.Random(2), 31, prefill=False):
+        fitter.observe(*work, TRUE.step_ms(*work))
     half = fitter.half()
     assert half is not None
     assert half.coefficients[1:3] == (0.0, 0.0)

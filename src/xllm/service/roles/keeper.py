@@ -90,9 +90,11 @@ class RoleKeeper:
         if choice.placement.ttft_ms is not None:
             self._predicted[spec.request_id] = choice.placement.ttft_ms
 
-    def spoke(self, instance: Instance, request_id: str, gap_ms: float, *, first: bool) -> None:
-        """A request there got output: its first, or further after `gap_ms`."""
+    def spoke(self, instance: Instance, request_id: str, gap_ms: float | None, *, first: bool) -> None:
+        """A request there got output: its first, or further after `gap_ms` (None = that says nothing)."""
         self._board.proven(instance.name, "prefill" if first else "decode")
+        if gap_ms is None:
+            return
         if not first:
             self.monitor.spoke(instance.name, gap_ms)
             return
