@@ -20,11 +20,11 @@ from tests.faultlab.handover import Fault, HandoverLab, handover_lab
 from tests.faultlab.lab import MODEL, flags
 
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
-PACE_MS = 3.0
-BODIES = bodies(MODEL, 12, 3, max_tokens=60)
+PACE_MS = 2.0
+BODIES = bodies(MODEL, 9, 3, max_tokens=50)
 POINTS = {
     "p.move": (0,),
-    "p.chunk": (0, 1, 4),
+    "p.chunk": (0, 1, 2),
     "p.finish": (0,),
     "p.finished": (0,),
     "p.sent": (0,),
@@ -39,11 +39,8 @@ POINTS = {
 FEW = [
     Fault(point="p.chunk", skip=2),
     Fault(point="p.finished"),
-    Fault(point="p.answered"),
-    Fault(point="d.accepted"),
     Fault(point="d.arrived"),
     Fault(point="d.step", skip=5),
-    Fault(point="p.finish", number=STOP),
     Fault(point="d.submitted", number=STOP),
 ]
 ALL = [

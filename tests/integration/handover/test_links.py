@@ -47,7 +47,7 @@ async def under(lab: HandoverLab, toxics: Toxics) -> Struck:
 @pytest.mark.parametrize(
     ("toxics", "done"),
     [
-        pytest.param(Toxics(refuse=True), "refused", id="refused"),
+        pytest.param(Toxics(refuse=True), "refused", id="refused", marks=pytest.mark.robustness),
         pytest.param(Toxics(blackhole=True), "held", id="swallowed", marks=pytest.mark.robustness),
         pytest.param(Toxics(blackhole=True, way="down"), "held", id="half_open"),
         pytest.param(Toxics(corrupt_after=1500, way="up"), "corrupted", id="bit_up"),
@@ -94,7 +94,9 @@ def num_of(lab: HandoverLab, done: str) -> int:
     return sum(proxy.counts[done] for proxy in lab.proxies)
 
 
-@pytest.mark.parametrize("reset", [False, True], ids=["cut", "reset"])
+@pytest.mark.parametrize(
+    "reset", [pytest.param(False, id="cut", marks=pytest.mark.robustness), pytest.param(True, id="reset")]
+)
 def test_a_link_that_is_cut_all_the_time_costs_time_only(
     linked: HandoverLab, wanted: list[Answer], reset: bool
 ) -> None:
