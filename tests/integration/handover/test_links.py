@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.faults.run import golden
 from benchmarks.faults.streams import Answer
-from tests.faultlab.handover import HandoverLab, Struck, answer_of, handover_lab
+from tests.faultlab.handover import HandoverLab, Struck, answer_of, handover_lab, uncached
 from tests.faultlab.tcpproxy import Toxics
 from tests.integration.handover.test_death_of_a_side import BODIES, flags_of
 
@@ -39,7 +39,9 @@ async def under(lab: HandoverLab, toxics: Toxics) -> Struck:
         proxy.set(toxics)
     try:
         async with lab.client() as http:
-            return Struck(pid=0, answers=list(await asyncio.gather(*(answer_of(http, b) for b in BODIES))))
+            return Struck(
+                pid=0, answers=list(await asyncio.gather(*(answer_of(http, b) for b in uncached(BODIES))))
+            )
     finally:
         lab.restore()
 
@@ -102,7 +104,7 @@ def test_a_link_that_is_cut_all_the_time_costs_time_only(
 ) -> None:
     async def cutting() -> Struck:
         async with linked.client() as http:
-            asked = [asyncio.create_task(answer_of(http, body)) for body in BODIES]
+            asked = [asyncio.create_task(answer_of(http, body)) for body in uncached(BODIES)]
             while not all(task.done() for task in asked):
                 for proxy in linked.proxies:
                     cut[0] += await asyncio.to_thread(proxy.cut, reset=reset)
