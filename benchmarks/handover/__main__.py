@@ -117,10 +117,9 @@ async def open_bench(
             "enable_prefix_caching": False,
         },
     )
-    key = b"benchmark" * 4
     engines = []
     for name in (FIRST, SECOND):
-        engine = await LocalEngine.launch(config, peer_key=key)
+        engine = await LocalEngine.launch(config)
         about = InstanceAbout(pid=engine.pid, endpoints=engine.endpoints)
         await front.add_instance(engine.stream, engine.card, name=name, max_reqs=engine.max_reqs, about=about)
         engines.append(engine)

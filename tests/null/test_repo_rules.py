@@ -15,7 +15,7 @@ FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 VENDORS = re.compile(r"\b(cuda|nvidia|rocm|npu|cann|mlu|musa|xpu|mps|tpu)\b", re.IGNORECASE)
 VENDOR_ROOMS = ("engine/platform/", "engine/kernels/")
 # The name of a platform in help text, or of what a machine has: words, no branch on them.
-VENDOR_WORDS = {"config/schema.py", "cli/doctor.py"}
+VENDOR_WORDS = {"config/schema.py", "cli/doctor.py", "engine/kvtransfer/mooncake.py"}
 # Third parties that may be missing or are slow to import; everything else is imported at the top.
 OPTIONAL = {
     "torch",
@@ -31,6 +31,7 @@ OPTIONAL = {
     "readline",
     "aetcd",
     "grpc",
+    "mooncake",
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from xllm.api.context import Context
 from xllm.config.instances import phases_in_order
 from xllm.errors import NotFoundError
+from xllm.service.instances.about import endpoint_kinds
 from xllm.service.snapshot import InstanceSnapshot
 
 MAX_ID_CHARS = 160
@@ -58,6 +59,7 @@ def _instance(i: InstanceSnapshot) -> dict[str, Any]:
         "pid": i.about.pid,
         "incarnation": i.about.incarnation,
         "address": i.about.address,
+        "endpoints": list(endpoint_kinds(i.about.endpoints)),
         "restarts": i.about.num_restarts,
         "quiet_ms": round(i.quiet_s * 1000, 3),
         "load": {
@@ -66,6 +68,7 @@ def _instance(i: InstanceSnapshot) -> dict[str, Any]:
             "waiting": engine.num_waiting,
             "own_backlog_tokens": i.backlog_tokens,
             "own_context_tokens": i.context_tokens,
+            "inbound": i.num_inbound,
             "backlog_tokens": engine.backlog_tokens,
             "decoding": engine.num_decoding,
             "decode_context": engine.decode_context,
@@ -73,8 +76,8 @@ def _instance(i: InstanceSnapshot) -> dict[str, Any]:
                 "total": engine.total_pages,
                 "owned": engine.owned_pages,
                 "cached": engine.cached_pages,
-                "in_transfer": engine.transfer_pages,
                 "free": engine.free_pages,
+                "in_transfer": engine.transfer_pages,
                 "indexed": i.num_indexed_pages,
             },
         },

@@ -13,9 +13,11 @@ from typing import get_args
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
 from xllm.api.snapshot_metrics import Readable, SnapshotCollector
-from xllm.observability.buckets import GAP_S, LATENCY_S, LENGTH, RATIO, TOKEN_S, TTFT_S
+from xllm.observability.buckets import GAP_S, LATENCY_S, LENGTH, RATIO, SHARE, TOKEN_S, TRANSFER_S, TTFT_S
 from xllm.service.draft import RequestDraft
 from xllm.service.failover.blame import DeathCause
+from xllm.service.failover.decision import MoveCost
+from xllm.service.handover.record import HandoverRecord
 from xllm.service.instances.about import InstanceState
 from xllm.service.router.base import Placement
 from xllm.service.snapshot import NullObserver, RequestRecord
@@ -68,7 +70,7 @@ class Metrics(NullObserver):
         )
         self._placements = Counter(
             "xllm:placements",
-            "Placements: first or again, and whether on a cached prefix",
+            "Placements: first, again or handed over, and whether on a cached prefix",
             ("attempt", "prefix"),
             registry=self._registry,
         )
@@ -90,20 +92,61 @@ class Metrics(NullObserver):
             buckets=GAP_S,
         )
 
+        self._transferred = Counter(
+            "xllm:kv_transfer_bytes",
+            "KV bytes that moved requests took along",
+            ("reason",),
+            registry=self._registry,
+        )
+
+        def of_moves(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, help, ("reason",), registry=self._registry, buckets=buckets)
+
+        self._transfer = of_moves("xllm:kv_transfer_seconds", "In which bytes of a move moved", TRANSFER_S)
+        self._hidden = of_moves(
+            "xllm:kv_transfer_hidden_ratio", "Share of that time that passed beside computing", SHARE
+        )
+        self._switch_gap = Histogram(
+            "xllm:handover_gap_seconds",
+            "From a handed-over request's last output at its source to the next",
+            registry=self._registry,
+            buckets=TRANSFER_S,
+        )
+        self._switched: set[str] = set()
+
     # -- FrontObserver --------------------------------------------------------------------------
 
     def on_refused(self, draft: RequestDraft, code: str) -> None:
         self._refused.labels(code).inc()
 
     def on_placed(self, request_id: str, placement: Placement, attempt: int) -> None:
-        self._placements.labels("again" if attempt else "first", _prefix_class(placement)).inc()
+        self._placements.labels(_attempt_class(placement, attempt), _prefix_class(placement)).inc()
         if placement.ttft_ms is not None and not attempt:
             self._predicted_s[request_id] = placement.ttft_ms / 1000
         else:
             self._predicted_s.pop(request_id, None)  # of a moved request no prediction can come true
 
+    def on_moved(
+        self, request_id: str, source: str, target: str, cause: str, gap_s: float, cost: MoveCost
+    ) -> None:
+        self._switched.discard(request_id)  # lost on the way: its gap is that of a fault
+
+    def on_handover(self, record: HandoverRecord) -> None:
+        if record.outcome != "done":
+            return
+        self._switched.add(record.request_id)
+        self._transferred.labels(record.reason).inc(record.num_bytes)
+        hidden = record.hidden_share
+        if hidden is not None:
+            self._transfer.labels(record.reason).observe(record.transfer_ms / 1000)
+            self._hidden.labels(record.reason).observe(hidden)
+
     def on_resumed(self, request_id: str, instance: str, gap_s: float) -> None:
-        self._gap.observe(gap_s)
+        if request_id in self._switched:
+            self._switched.discard(request_id)
+            self._switch_gap.observe(gap_s)
+        else:
+            self._gap.observe(gap_s)
 
     def on_instance(self, name: str, state: InstanceState, reason: str, detect_s: float) -> None:
         if state == "suspect":
@@ -126,6 +169,7 @@ class Metrics(NullObserver):
 
     def on_ended(self, record: RequestRecord) -> None:
         self._predicted_s.pop(record.request_id, None)
+        self._switched.discard(record.request_id)
         model, tokens = record.model, record.usage.completion_tokens
         aborted = record.outcome == "aborted"
         reason = "abort" if aborted else record.outcome if record.outcome in _REASONS else "error"
@@ -163,6 +207,12 @@ class Metrics(NullObserver):
         self._source.front = front
         self._source.num_tasks = num_tasks
         return generate_latest(self._registry)
+
+
+def _attempt_class(placement: Placement, attempt: int) -> str:
+    if not attempt:
+        return "first"
+    return "handover" if placement.reasons[:1] and placement.reasons[0].startswith("handover=") else "again"
 
 
 def _prefix_class(placement: Placement) -> str:

@@ -77,6 +77,7 @@ _FRONT_GAUGES: tuple[tuple[str, str, Callable[[FrontSnapshot], float]], ...] = (
     ("xllm:inflight_requests", "Accepted, not ended", lambda s: s.num_inflight_reqs),
     ("xllm:inflight_tokens", "Their prompt tokens", lambda s: s.num_inflight_tokens),
     ("xllm:requests_without_instance", "Accepted, and waiting for an instance", lambda s: s.num_waiting),
+    ("xllm:requests_moving", "Being handed over to another instance", lambda s: s.num_moving),
 )
 
 _FRONT_COUNTERS: tuple[tuple[str, str, Callable[[FrontSnapshot], float]], ...] = (
@@ -85,6 +86,7 @@ _FRONT_COUNTERS: tuple[tuple[str, str, Callable[[FrontSnapshot], float]], ...] =
     ("xllm:stale_frames", "Frames of old attempts", lambda s: s.num_stale_frames),
     ("xllm:instance_suspicions", "Times an instance was suspected", lambda s: s.num_suspicions),
     ("xllm:kv_index_gaps", "Gaps in what instances told of their pages", lambda s: s.num_kv_gaps),
+    ("xllm:prefix_fetches", "Prefixes fetched from a peer", lambda s: s.num_prefix_fetches),
     ("xllm:requests_quarantined", "Requests that engines died of", lambda s: s.num_quarantined),
     (
         "xllm:nonexact_resume",
@@ -145,6 +147,18 @@ def _of_front(snapshot: FrontSnapshot) -> Iterator[Metric]:
         for cause, count in sorted(split(snapshot).items()):
             family.add_metric((cause,), count)
         yield family
+    failures = CounterMetricFamily(
+        "xllm:kv_transfer_failures", "Moves that did not come about", labels=("code",)
+    )
+    for code, count in sorted(snapshot.num_transfer_failures.items()):
+        failures.add_metric((code,), count)
+    yield failures
+    moves = CounterMetricFamily(
+        "xllm:handovers", "Requests that were to take their pages along", labels=("reason", "outcome")
+    )
+    for (reason, outcome), count in sorted(snapshot.num_handovers.items()):
+        moves.add_metric((reason, outcome), count)
+    yield moves
 
 
 def _of_roles(snapshot: FrontSnapshot) -> Iterator[Metric]:

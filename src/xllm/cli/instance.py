@@ -22,6 +22,7 @@ from xllm.config.fields import settings
 from xllm.config.load import Loaded
 from xllm.config.report import sources_lines
 from xllm.engine.build import BuiltEngine, build_engine
+from xllm.engine.kvtransfer.opening import pages_for_peers
 from xllm.engine.platform.host import bind_to_cpus
 from xllm.engine.server import InstanceServer
 from xllm.engine.time_slice import ask_long_slice, ask_usual_slice
@@ -83,7 +84,12 @@ def _load(config: EngineConfig) -> BuiltEngine:
     clock = SystemClock()
     bound = bind_to_cpus(config.platform.cpus)
     ask_long_slice()  # for the kernels' threads, which are made here
-    engine = build_engine(config, clock, lambda stage, seconds: say(f"  {seconds:7.2f} s  {stage}"))
+    engine = build_engine(
+        config,
+        clock,
+        lambda stage, seconds: say(f"  {seconds:7.2f} s  {stage}"),
+        shared=pages_for_peers(config.transfer),
+    )
     ask_usual_slice()
     settle()
     report = engine.report if bound is None else (bound, *engine.report)

@@ -20,6 +20,10 @@ from xllm.clock import Clock, SystemClock
 from xllm.config import EngineConfig
 from xllm.engine.core import EngineCore
 from xllm.engine.executor import InProcExecutor
+from xllm.engine.kvtransfer.base import TransferEvent
+from xllm.engine.kvtransfer.memory import KVMemory
+from xllm.engine.kvtransfer.opening import open_plane, pages_for_peers
+from xllm.engine.kvtransfer.plane import DataPlane
 from xllm.engine.memory.manager import PageManager
 from xllm.engine.platform.base import KeepsPages, Runner
 from xllm.engine.platform.host import bind_to_cpus
@@ -32,6 +36,7 @@ from xllm.engine.scheduler.scheduler import Scheduler
 from xllm.engine.surviving import SharedPages, adopt
 from xllm.errors import ConfigError
 from xllm.types import ModelCard
+from xllm.wire.hello import Identity
 from xllm.wire.messages import Ready
 
 Progress = Callable[[str, float], None]
@@ -50,6 +55,8 @@ class BuiltEngine:
     memory: PageManager
     assets: Mapping[str, bytes]
     report: tuple[str, ...]
+    pages: KVMemory | None = None
+    """What can be exchanged with peers; None = nothing."""
 
 
 class _Stages:
@@ -119,7 +126,7 @@ def build_engine(
         progress=StepProgress(lambda: runner.finished_layers),
     )
     kept: tuple[str, ...] = ()
-    if shared is not None and shared.groups:
+    if shared is not None and shared.lasting and shared.groups:
         core.keeper, adopted = adopt(shared, memory, card.numerics_class, card.kv_layout_digest)
         kept = (adopted.line(),)
     return BuiltEngine(
@@ -128,6 +135,7 @@ def build_engine(
         memory=memory,
         assets={_digest(data): data for data in assets.values()},
         report=(*reasons, why_len, *built.report, *kept),
+        pages=runner.kv_memory(shared),
     )
 
 
@@ -140,18 +148,33 @@ def build_here(
     """`build_engine` for a process that is to be this engine and nothing else."""
     # First: whatever is started and counted from here on knows these CPUs only.
     bound = bind_to_cpus(config.platform.cpus)
-    shared = None if pages_fd is None else SharedPages(pages_fd)
+    shared = pages_for_peers(config.transfer) if pages_fd is None else SharedPages(pages_fd)
     engine = build_engine(config, SystemClock(), progress, on_assets, shared)
     return engine if bound is None else replace(engine, report=(bound, *engine.report))
 
 
-def ready_of(engine: BuiltEngine, config: EngineConfig) -> Ready:
+def join_peers(
+    engine: BuiltEngine, config: EngineConfig, identity: Identity, tell: Callable[[TransferEvent], None]
+) -> DataPlane | None:
+    """Exchange pages with engines that prove to have `identity`'s key; None where transfers are off.
+
+    To be closed before the engine: a peer may be writing into its pages. Raises ConfigError.
+    """
+    plane = open_plane(config.transfer, engine.core.card, engine.pages, identity, tell, engine.runner)
+    if plane is not None:
+        engine.core.join(plane)
+    return plane
+
+
+def ready_of(engine: BuiltEngine, config: EngineConfig, endpoints: tuple[str, ...] = ()) -> Ready:
     """What a front is told of a loaded engine."""
     scheduler = config.scheduler
+    kinds = ", ".join(dict.fromkeys(endpoint.partition(":")[0] for endpoint in endpoints))
     return Ready(
         card=engine.core.card,
         pid=os.getpid(),
-        report=engine.report,
+        report=(*engine.report, f"pages from and to peers: {kinds or 'none'}"),
+        endpoints=endpoints,
         max_reqs=scheduler.max_num_seqs + scheduler.max_num_queued_reqs,
     )
 

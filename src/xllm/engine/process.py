@@ -18,8 +18,9 @@ from collections.abc import Mapping
 import msgspec
 
 from xllm.clock import SystemClock
-from xllm.engine.build import BuiltEngine, build_here, ready_of
+from xllm.engine.build import BuiltEngine, build_here, join_peers, ready_of
 from xllm.engine.hub import Hub
+from xllm.engine.kvtransfer.opening import peer_identity
 from xllm.engine.loop import EngineLoop
 from xllm.engine.session import Session
 from xllm.engine.time_slice import ask_long_slice
@@ -75,7 +76,16 @@ def _serve(hub: Hub, session: Session, pages_fd: int | None, log_level: str) -> 
         return 1
     tracer = RequestTracer.for_config(start.config)
     settle()
-    ready = msgspec.structs.replace(ready_of(engine, start.config), incarnation=incarnation)
+    plane = None
+    try:
+        if start.peer_key:  # without one anybody could bring pages
+            identity = peer_identity(start.peer_key, incarnation)
+            plane = join_peers(engine, start.config, identity, lambda event: hub.inbox.put((None, event)))
+    except XllmError as error:
+        session.send(StartFailed(error=error.info()))
+        return 1
+    endpoints = () if plane is None else plane.endpoints
+    ready = msgspec.structs.replace(ready_of(engine, start.config, endpoints), incarnation=incarnation)
     session.send(ready)
     hub.tell_progress(engine.core.progress)
     try:
@@ -89,6 +99,8 @@ def _serve(hub: Hub, session: Session, pages_fd: int | None, log_level: str) -> 
             tracer=tracer,
         ).run()
     finally:
+        if plane is not None:
+            plane.close()
         engine.core.close()
         tracer.close()
     return 0

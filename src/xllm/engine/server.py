@@ -16,7 +16,7 @@ import msgspec
 from xllm.clock import SystemClock
 from xllm.config import ClusterConfig, EngineConfig
 from xllm.config.instances import ROLES, phases_in_order
-from xllm.engine.build import BuiltEngine, ready_of
+from xllm.engine.build import BuiltEngine, join_peers, ready_of
 from xllm.engine.hub import Hub
 from xllm.engine.link import LinkCounters, LinkLimits
 from xllm.engine.loop import EngineLoop
@@ -53,13 +53,16 @@ class InstanceServer:
         self.identity = identity or Identity.of(cluster, INSTANCE)
         # A label: this engine computes whatever it is given, and fronts may call it something else later.
         phases = phases_in_order(ROLES[cluster.role])
-        self.ready: Ready = msgspec.structs.replace(ready_of(engine, config), phases=phases)
         listener = _bind(*listen_address(cluster, self.identity.key))
         host, port = listener.getsockname()[:2]
         self.address: tuple[str, int] = (host, port)
         self._engine = engine
         self._hub = Hub(engine.core.progress, SystemClock(), limits)
         self._hub.listen(listener, self.identity)
+        inbox = self._hub.inbox
+        self._plane = join_peers(engine, config, self.identity, lambda event: inbox.put((None, event)))
+        endpoints = () if self._plane is None else self._plane.endpoints
+        self.ready: Ready = msgspec.structs.replace(ready_of(engine, config, endpoints), phases=phases)
         self._tracer = RequestTracer.for_config(config, self.identity.peer_id)
         self._loop = EngineLoop(
             engine.core,
@@ -111,6 +114,8 @@ class InstanceServer:
             self._failed = True
         finally:
             self._hub.close()
+            if self._plane is not None:
+                self._plane.close()
             self._engine.core.close()
             self._tracer.close()
             self._ended.set()

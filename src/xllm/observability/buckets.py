@@ -16,6 +16,10 @@ TOKEN_S = (
 )
 GAP_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 30.0, 60.0)
 """Of faults: how long it took to see one, and how long a client waited because of it."""
+TRANSFER_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+"""Of pages between engines, and of the switch that follows."""
+SHARE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+"""Of a whole."""
 RATIO = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0)
 """Of relative errors."""
 LENGTH = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))

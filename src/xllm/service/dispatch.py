@@ -18,9 +18,12 @@ from xllm.service.admission import Admission
 from xllm.service.catalogue import Catalogue, no_instance
 from xllm.service.eligible import large_enough, preferred
 from xllm.service.failover.blame import Blame, DeathCause
-from xllm.service.failover.decision import move_cost
 from xllm.service.failover.resume import MAX_REFUSALS, ResumeQueue, retry_delay_s
+from xllm.service.handover.links import Links
 from xllm.service.handover.moves import Moves, Pending
+from xllm.service.handover.pair import why_not
+from xllm.service.handover.prefixes import Prefixes
+from xllm.service.handover.price import price
 from xllm.service.handover.record import Reason
 from xllm.service.instances.instance import Instance
 from xllm.service.live import LiveRequest
@@ -47,6 +50,7 @@ class Dispatch:
         admission: Admission,
         observer: FrontObserver,
         moves: Moves,
+        links: Links,
         *,
         on_draining: Callable[[Instance], None],
     ) -> None:
@@ -63,6 +67,8 @@ class Dispatch:
         self._admission = admission
         self._observer = observer
         self._moves = moves
+        self._links = links
+        self._prefixes = Prefixes(catalogue, links)
         self._on_draining = on_draining
         self._queue = ResumeQueue(config.max_resumes)
         self._blame = Blame()
@@ -72,6 +78,10 @@ class Dispatch:
     @property
     def num_waiting(self) -> int:
         return self._queue.num_waiting
+
+    @property
+    def num_prefix_fetches(self) -> int:
+        return self._prefixes.num_fetches
 
     def is_answered(self, request_id: str) -> bool:
         """Whether its present attempt has said something, or it has ended."""
@@ -128,6 +138,7 @@ class Dispatch:
             return
         ticket.answer()
         self._moves.answered(ticket.live.request_id)
+        self._prefixes.answered(ticket.live.request_id)
         if ticket.gap_from_s is not None:
             gap_s, ticket.gap_from_s = now_s - ticket.gap_from_s, None
             self._observer.on_resumed(ticket.live.request_id, ticket.last_name, gap_s)
@@ -367,6 +378,7 @@ class Dispatch:
         """Off its instance; where it was, and the move that this has cut off."""
         request_id = ticket.live.request_id
         self._placer.settled(request_id)
+        self._prefixes.left(request_id)
         move = self._moves.left(request_id, code, keep_target=keep_target)
         return ticket.leave(), move
 
@@ -383,20 +395,24 @@ class Dispatch:
         ticket.enter(instance, choice.num_matched)
         ticket.numerics_class = instance.card.numerics_class
         self._admission.placed(spec.request_id, instance.name)
+        if not transfer_id:
+            transfer_id = self._prefixes.order(spec, choice, ticket.num_tokens)
         instance.post(Submit(spec=spec, transfer_id=transfer_id, sources=sources))
         self._observer.on_placed(spec.request_id, choice.placement, spec.attempt)
         if choice.decode is not None and spec.params.max_tokens != 1:
-            self._moves.begin(ticket, choice.decode, "prefill")
+            self._moves.plan(ticket, choice.decode)
         source = ticket.moved_from
         if source is None:
             return
         ticket.moved_from = None
         gap_s = self._clock.monotonic_s() - ticket.last_s
-        cost = move_cost(
-            ticket.num_tokens,
-            choice.num_matched,
-            instance.snapshot.cost,
-            source_alive=source.alive and not source.suspect,
-            page_bytes=instance.card.page_bytes,
+        cost = price(
+            source,
+            instance,
+            self._links,
+            num_tokens=ticket.num_tokens,
+            num_matched=choice.num_matched,
+            # Had it been able to wait for a transfer it would have been moved while it ran (`relocation`).
+            obstacle=why_not(source, instance, num_tokens=ticket.num_tokens) or "taken_off_at_once",
         )
         self._observer.on_moved(spec.request_id, source.name, instance.name, ticket.moved_cause, gap_s, cost)

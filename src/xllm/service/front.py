@@ -22,8 +22,8 @@ from xllm.service.draft import RequestDraft
 from xllm.service.guard import Guard
 from xllm.service.handover.links import Links
 from xllm.service.handover.moves import Moves
-from xllm.service.handover.pair import usable_endpoints
-from xllm.service.instances.about import InstanceAbout
+from xllm.service.handover.relocation import Relocation
+from xllm.service.instances.about import InstanceAbout, usable_endpoints
 from xllm.service.instances.instance import CauseOf, Instance, InstanceHooks
 from xllm.service.journal import RequestJournal
 from xllm.service.kvindex import KvIndex
@@ -38,7 +38,7 @@ from xllm.service.stream import Delta
 from xllm.service.tally import Tally
 from xllm.text.assets import TextAssets
 from xllm.types import ModelCard, RequestSpec
-from xllm.wire.messages import Ready
+from xllm.wire.messages import Moved, Ready
 from xllm.wire.stream import EngineStream
 
 
@@ -79,9 +79,13 @@ class Front:
             self._admission,
             self._observer,
             self._moves,
+            self._links,
             on_draining=self._guard.begin_drain,
         )
-        self._guard.connect(self._dispatch, placer)
+        self._relocation = Relocation(
+            config, self._catalogue, self._dispatch, placer, self._moves, self._links
+        )
+        self._guard.connect(self._dispatch, placer, self._relocation)
         self.roles = RoleKeeper(
             config,
             clock,
@@ -145,7 +149,7 @@ class Front:
                 heard=guard.heard,
                 pulse=guard.pulse,
                 kv=guard.pages,
-                moved=self._dispatch.moved,
+                moved=self._moved,
             )
         )
         try:
@@ -260,7 +264,16 @@ class Front:
             ticket.live.fail(AbortedError("the request was aborted"))
         return ticket is not None
 
+    def move(self, request_id: str, target: str) -> str:
+        """Let a running request go on at the instance of that name. "" = it is under way; else why not."""
+        return self._dispatch.move(request_id, target)
+
     # -- what instances and streams tell -----------------------------------------------------------
+
+    def _moved(self, instance: Instance, message: Moved) -> None:
+        self._dispatch.moved(instance, message)
+        if instance.draining:
+            self._relocation.off(instance)
 
     def _commit(self, request_id: str, choice: int, count: int) -> None:
         instance = self._dispatch.tickets[request_id].instance
@@ -318,6 +331,7 @@ class Front:
             num_moving=len(self._moves),
             num_handovers=dict(self._moves.num_by_outcome),
             num_transfer_failures=dict(self._moves.num_failures),
+            num_prefix_fetches=dispatch.num_prefix_fetches,
             instances=tuple(self._instance_snapshot(i) for i in self._catalogue.instances()),
             num_role_switches=dict(self._board.num_switches),
         )
@@ -335,6 +349,7 @@ class Front:
             context_tokens=instance.context_tokens,
             quiet_s=self._guard.quiet_s(instance),
             num_indexed_pages=self._placer.index.num_pages(instance.name),
+            num_inbound=len(instance.inbound),
             standing=self._board.standing(instance.name),
         )
 

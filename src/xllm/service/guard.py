@@ -16,6 +16,7 @@ from xllm.service.catalogue import Catalogue
 from xllm.service.dispatch import Dispatch
 from xllm.service.failover.blame import DeathCause, known_cause
 from xllm.service.failover.detector import Detector, DetectorLimits, Finding
+from xllm.service.handover.relocation import Relocation
 from xllm.service.instances.instance import Instance
 from xllm.service.placer import Placer
 from xllm.service.snapshot import FrontObserver
@@ -53,13 +54,15 @@ class Guard:
         self._detector = Detector(limits, TICK_S)
         self._dispatch: Dispatch | None = None
         self._placer: Placer | None = None
+        self._relocation: Relocation | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
-    def connect(self, dispatch: Dispatch, placer: Placer) -> None:
-        """Once, before the first instance: whom to take requests off with, whom to tell of pages."""
-        self._dispatch, self._placer = dispatch, placer
+    def connect(self, dispatch: Dispatch, placer: Placer, relocation: Relocation) -> None:
+        """Once, before the first instance: whom to take requests off with, whom to tell of pages, and who
+        moves requests while they run."""
+        self._dispatch, self._placer, self._relocation = dispatch, placer, relocation
 
     # -- coming and going ---------------------------------------------------------------------------
 
@@ -100,7 +103,8 @@ class Guard:
         self._tell(instance, "removed")
 
     async def drain(self, instance: Instance, grace_s: float) -> None:
-        """No new requests; what has not ended after `grace_s` goes elsewhere. Returns when it has none."""
+        """No new requests; those it has are moved while they run where that is cheaper than computing them
+        again; what has not ended after `grace_s` goes elsewhere. Returns when it has none."""
         self.begin_drain(instance, grace_s)
         if grace_s <= 0:
             self._moves.evict(instance, "drain")
@@ -114,6 +118,8 @@ class Guard:
             instance.draining = True
             self._moves.deserted(instance)
             self._tell(instance, "drain")
+            if self._relocation is not None:
+                self._relocation.off(instance)
         self._arm()
 
     # -- signs of life --------------------------------------------------------------------------------
@@ -158,6 +164,8 @@ class Guard:
                 self._moves.evict(instance, "drain")
         self._moves.pump()
         self._moves.expire()
+        if self._relocation is not None:
+            self._relocation.tick()
         self._catalogue.expire(now_s)
 
     async def close(self) -> None:

@@ -21,7 +21,8 @@ from xllm.types import EngineSnapshot, RequestSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceSnapshot:
-    """`quiet_s` is the time since its last sign of progress; `num_indexed_pages` it is known to hold."""
+    """`quiet_s` is the time since its last sign of progress; `num_indexed_pages` it is known to hold.
+    `num_inbound` requests are being moved there."""
 
     name: str
     model_id: str
@@ -34,6 +35,7 @@ class InstanceSnapshot:
     context_tokens: int = 0
     quiet_s: float = 0.0
     num_indexed_pages: int = 0
+    num_inbound: int = 0
     standing: Standing = UNLISTED
 
 
@@ -65,6 +67,7 @@ class FrontSnapshot:
     num_moving: int
     num_handovers: dict[tuple[str, str], int]
     num_transfer_failures: dict[str, int]
+    num_prefix_fetches: int
     instances: tuple[InstanceSnapshot, ...]
     num_role_switches: Mapping[tuple[str, str, str], int] = field(default_factory=dict)
     """By (from, to, reason)."""

@@ -14,9 +14,9 @@ class Ticket:
     """`instance` None = it waits. `enter` and `leave` keep that, the instance's set and its load in step."""
 
     __slots__ = (
-        "age", "answered", "avoid", "first_s", "gap_from_s", "instance", "last_name", "last_s", "live",
-        "model_id", "moved_cause", "moved_from", "nonexact", "num_handovers", "num_moves", "num_refusals",
-        "numerics_class", "offer", "refused_by", "_backlog", "_context",
+        "age", "answered", "avoid", "failed_targets", "first_s", "gap_from_s", "instance", "last_name",
+        "last_s", "live", "model_id", "moved_cause", "moved_from", "nonexact", "num_handovers",
+        "num_moves", "num_refusals", "numerics_class", "offer", "refused_by", "stays", "_backlog", "_context",
     )  # fmt: skip
 
     def __init__(self, live: LiveRequest, model_id: str, age: int) -> None:
@@ -43,6 +43,10 @@ class Ticket:
         self.offer: tuple[Instance, str] | None = None
         """While it waits: where its pages may be, and the name of the transfer that brought them."""
         self.num_refusals = 0
+        self.failed_targets: list[str] = []
+        """Where its present instance could not move it, in that order."""
+        self.stays = False
+        """No move off its present instance pays."""
         self.nonexact = False
         self._backlog = 0
         self._context = 0
@@ -65,7 +69,8 @@ class Ticket:
         """`num_matched` of its tokens are in pages there already."""
         self.instance = instance
         self.last_name = instance.name
-        self.answered = False
+        self.answered = self.stays = False
+        self.failed_targets.clear()
         self._backlog = max(1, self.num_tokens - num_matched)
         instance.backlog_tokens += self._backlog
         instance.enter(self.live.request_id)

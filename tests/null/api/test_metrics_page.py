@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -12,9 +13,23 @@ from xllm.cli.watching import watch_cluster
 from xllm.clock import SystemClock
 from xllm.config import ClusterConfig, FrontConfig
 from xllm.service.cluster import ClusterService
+from xllm.service.handover.record import HandoverRecord
 from xllm.service.router.base import Placement
 
 ROW = re.compile(r"^\| `((?:vllm|xllm):\w+)` \| (\w+) \| ([\w, ]*?) ?\| .+ \|$", re.MULTILINE)
+
+DONE = HandoverRecord(
+    request_id="r",
+    attempt=0,
+    source="a",
+    target="b",
+    reason="prefill",
+    mode="push",
+    outcome="done",
+    num_bytes=4096,
+    transfer_ms=8.0,
+    exposed_ms=2.0,
+)
 
 
 def documented() -> dict[str, tuple[str, frozenset[str]]]:
@@ -51,6 +66,10 @@ async def test_the_page_and_the_exposition_agree(site: Site) -> None:
     metrics.on_instance("engine-0", "suspect", "silent", 2.0)
     metrics.on_resumed("r", "engine-0", 0.5)
     metrics._aborted.labels("sample").inc()
+    metrics.on_handover(DONE)
+    metrics.on_resumed("r", "engine-0", 0.01)
+    site.front._moves.num_failures["timeout"] += 1
+    site.front._moves.num_by_outcome["prefill", "done"] += 1
     site.front._dispatch.num_moves["lost"] += 1
     site.front._guard.num_deaths["crash"] += 1
     site.front._board.num_switches["decode", "prefill", "ttft"] += 1
@@ -75,5 +94,24 @@ async def test_what_happens_is_counted_under_its_cause(site: Site) -> None:
         'xllm:placements_total{attempt="again",prefix="unknown"} 1.0',
         'xllm:ttft_prediction_error_ratio_sum{model_name="sample"} 1.0',
         'xllm:fault_detect_seconds_count{finding="death"} 1.0',
+    ):
+        assert line in text.splitlines(), line
+
+
+async def test_a_hand_over_is_told_with_its_bytes_and_what_of_it_was_hidden(site: Site) -> None:
+    metrics = site.metrics
+    metrics.on_handover(replace(DONE, outcome="failed", code="timeout", num_bytes=7))
+    metrics.on_handover(DONE)
+    metrics.on_placed("r", Placement(instance="b", reasons=("handover=prefill", "from=a")), 1)
+    metrics.on_resumed("r", "b", 0.012)
+    metrics.on_resumed("r", "b", 3.0)
+    text = (await site.client.get("/metrics")).text
+    for line in (
+        'xllm:kv_transfer_bytes_total{reason="prefill"} 4096.0',
+        'xllm:kv_transfer_seconds_sum{reason="prefill"} 0.008',
+        'xllm:kv_transfer_hidden_ratio_sum{reason="prefill"} 0.75',
+        "xllm:handover_gap_seconds_sum 0.012",
+        "xllm:move_gap_seconds_sum 3.0",
+        'xllm:placements_total{attempt="handover",prefix="unknown"} 1.0',
     ):
         assert line in text.splitlines(), line

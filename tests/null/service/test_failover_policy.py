@@ -170,9 +170,9 @@ COST = (1.0, 0.1, 0.0, 1.0, 0.0)
 
 
 def test_a_prefix_that_the_target_has_is_not_recomputed() -> None:
-    cold = move_cost(640, 0, COST, source_alive=False)
-    warm = move_cost(640, 576, COST, source_alive=False)
-    whole = move_cost(640, 640, COST, source_alive=False)
+    cold = move_cost(640, 0, COST, obstacle="source_gone")
+    warm = move_cost(640, 576, COST, obstacle="source_gone")
+    whole = move_cost(640, 640, COST, obstacle="source_gone")
     assert (cold.recompute_tokens, warm.recompute_tokens, whole.recompute_tokens) == (640, 64, 1)
     assert cold.recompute_ms == pytest.approx(65.0)
     assert warm.recompute_ms == pytest.approx(7.4)
@@ -180,21 +180,21 @@ def test_a_prefix_that_the_target_has_is_not_recomputed() -> None:
 
 def test_migration_is_priced_and_not_taken_while_there_is_no_transport() -> None:
     link = TransferCost(latency_ms=1.0, bytes_per_ms=1e6)
-    cost = move_cost(640, 0, COST, source_alive=True, page_bytes=1_000_000, link=link)
+    cost = move_cost(640, 0, COST, obstacle="no_transport", page_bytes=1_000_000, link=link)
     assert cost.migrate_ms == pytest.approx(11.0)
     assert not cost.migrates
-    assert "cheaper by 54.0 ms, no transport" in str(cost)
+    assert "cheaper by 54.0 ms, no_transport" in str(cost)
 
 
 def test_from_a_dead_instance_nothing_can_be_migrated() -> None:
-    cost = move_cost(640, 0, COST, source_alive=False, page_bytes=1_000_000)
+    cost = move_cost(640, 0, COST, obstacle="source_gone", page_bytes=1_000_000)
     assert cost.migrate_ms is None
     assert str(cost) == "recompute 640 tokens in 65.0 ms"
 
 
 @pytest.mark.parametrize("coefficients", [(), (1.0,), (float("nan"),) * 5])
 def test_without_a_known_cost_only_the_tokens_are_told(coefficients: tuple[float, ...]) -> None:
-    cost = move_cost(10, 0, coefficients, source_alive=True, page_bytes=5)
+    cost = move_cost(10, 0, coefficients, obstacle="no_transport", page_bytes=5)
     assert cost.recompute_ms is None
     assert not cost.migrates
     assert str(cost) == "recompute 10 tokens (cost unknown)"

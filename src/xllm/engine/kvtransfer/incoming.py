@@ -137,10 +137,15 @@ def decode_manifest(raw: bytes, sent: list[set[int]]) -> Manifest:
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise refused("not a manifest") from error
     for choice in manifest.choices:
-        pages_known = len(choice.pages) == len(sent) and all(
-            page == -1 or page in known
-            for table, known in zip(choice.pages, sent, strict=True)
-            for page in table
+        # A prefix lists its pages by name, so its choice has none.
+        pages_known = (
+            (bool(manifest.digests) and not choice.pages)
+            or len(choice.pages) == len(sent)
+            and all(
+                page == -1 or page in known
+                for table, known in zip(choice.pages, sent, strict=True)
+                for page in table
+            )
         )
         tokens_possible = all(0 <= token < MAX_TOKEN for token in choice.tokens)
         counts_possible = 0 <= manifest.num_prompt <= len(choice.tokens) and 0 <= choice.num_computed <= len(

@@ -130,4 +130,4 @@ def anonymous_pages(name: str = "engine") -> SharedPages | None:
     except OSError:
         return None
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    return SharedPages(fd)
+    return SharedPages(fd, lasting=False)

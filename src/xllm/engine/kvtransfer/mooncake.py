@@ -27,7 +27,7 @@ Job = tuple[str, list[int], list[int], list[int], Callable[[bool], None]]
 def why_not() -> str | None:
     """Why this installation cannot use mooncake; None = it can."""
     try:
-        import mooncake.engine  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: F401
+        import mooncake.engine  # noqa: F401
     except ImportError as error:
         return f"{PACKAGE} cannot be imported ({error.name or 'a library it needs is missing'})"
     return None

@@ -6,6 +6,7 @@ How bytes travel is a `Writer`'s matter; sockets, time limits and events are `pl
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -65,6 +66,24 @@ class _Layered:
     num_layers: list[int]
 
 
+@dataclass(slots=True)
+class Backlog:
+    """What a step thread may ask of its transfer at any time, in pages and parts of pages. `num_pushed` is
+    written by it, the rest by the I/O thread."""
+
+    num_pushed: int = 0
+    num_copied: float = 0.0
+    num_unsent: float = 0.0
+    """Copied, but only as far as our side of a socket."""
+    accepted: bool = False
+    ended: bool = False
+
+    @property
+    def num_pending(self) -> int:
+        # Sums of parts of a page are not quite whole.
+        return max(0, math.ceil(self.num_pushed - self.num_copied + self.num_unsent - 1e-6))
+
+
 Writer = Callable[["Outgoing", Part, tuple[int, ...]], None]
 """Copies a part into these slots of the receiver, or sends it off; raises XllmError."""
 
@@ -74,13 +93,15 @@ class Outgoing:
     transfer_id: str
     memory: KVMemory
     num_pages: tuple[int, ...]
+    backlog: Backlog = field(default_factory=Backlog)
     endpoints: deque[str] = field(default_factory=deque)
     step: Step = Step.CONNECTING
     connection: Connection | None = None
     accepted: Accept | None = None
     since_s: float = 0.0
     """When the present step began."""
-    step_done_s: float = 0.0
+    finish_s: float = 0.0
+    """When the step thread had nothing more to push."""
     num_bytes: int = 0
     moving_s: float = 0.0
     finishing: bool = False
@@ -106,14 +127,16 @@ class Outgoing:
             self._copy(g, indices, pages, 0, self.memory.groups[g].page_bytes)
             self._seal(g, indices, pages)
 
-    def step_done(self, trusted: bool, now_s: float) -> None:
+    def step_done(self, trusted: bool) -> None:
         """All layers are written. Not `trusted`: what was copied meanwhile may be of an earlier try."""
-        self.step_done_s = now_s
         layered, self._layered = self._layered, []
         for entry in layered:
             pushed = entry.pushed
             for g, (indices, pages) in enumerate(zip(pushed.indices, pushed.pages, strict=True)):
                 group, copied = self.memory.groups[g], entry.num_layers[g] if trusted else 0
+                if not trusted and group.separable:
+                    # It counts once, although it is copied twice.
+                    self.backlog.num_copied -= len(pages) * entry.num_layers[g] / len(group.layers)
                 if not copied:
                     self._copy(g, indices, pages, 0, group.page_bytes)
                 for spans in group.spans[copied:] if copied else ():
@@ -135,8 +158,9 @@ class Outgoing:
                         self._copy(g, pushed.indices[g], pushed.pages[g], offset, length)
                     entry.num_layers[g] += 1
 
-    def finish(self, manifest: Manifest, step_done_s: float) -> None:
-        self.step_done(False, max(step_done_s, self.step_done_s))
+    def finish(self, manifest: Manifest, at_s: float) -> None:
+        self.step_done(False)
+        self.finish_s = at_s
         self.finishing = True
         self._jobs.append(
             Finish(
@@ -163,6 +187,7 @@ class Outgoing:
         if isinstance(job, Part):
             write(self, job, self._slots(job.group, job.indices))
             self.num_bytes += job.num_bytes
+            self.backlog.num_copied += job.num_bytes / self.memory.groups[job.group].page_bytes
             return job.num_bytes
         if isinstance(job, _Seal):
             digests = page_digests(self.memory.groups[job.group].pages, job.pages)

@@ -37,6 +37,7 @@ from xllm.engine.kvtransfer.messages import (
     Wrote,
 )
 from xllm.engine.kvtransfer.mooncake import Mooncake
+from xllm.engine.kvtransfer.outgoing import Backlog
 from xllm.engine.kvtransfer.receivers import Receivers
 from xllm.engine.kvtransfer.senders import Senders
 from xllm.engine.kvtransfer.sharing import PageKind, Shared
@@ -80,7 +81,7 @@ class DataPlane:
         self._watch: StepWatch = watch or Unwatched()
         self._forwards = 0
         self._layered = False
-        self._step_done_s = 0.0
+        self._backlogs: dict[str, Backlog] = {}
         self._last_s = self._next_tick_s = 0.0
         self._commands: deque[Callable[[], None]] = deque()
         self._closing = False
@@ -114,7 +115,9 @@ class DataPlane:
         return self._endpoints
 
     def send(self, transfer_id: str, endpoints: tuple[str, ...], num_pages: tuple[int, ...]) -> None:
-        self._post(partial(self._senders.send, transfer_id, endpoints, num_pages))
+        self._backlogs = {name: b for name, b in self._backlogs.items() if not b.ended}
+        backlog = self._backlogs[transfer_id] = Backlog()
+        self._post(partial(self._senders.send, transfer_id, endpoints, num_pages, backlog))
 
     def push(self, transfer_id: str, pushed: Pushed) -> None:
         if pushed.after_layer:
@@ -122,18 +125,25 @@ class DataPlane:
             self._watch.forget_layers()
             self._forwards = self._watch.num_forwards
             self._layered = True
+        if (backlog := self._backlogs.get(transfer_id)) is not None:
+            backlog.num_pushed += sum(map(len, pushed.pages))
         self._post(partial(self._senders.push, transfer_id, pushed))
 
+    def num_pending(self, transfer_id: str) -> int | None:
+        backlog = self._backlogs.get(transfer_id)
+        if backlog is None or not backlog.accepted or backlog.ended:
+            return None
+        return backlog.num_pending
+
     def step_done(self) -> None:
-        self._step_done_s = self._now()
         if self._layered:
             # A step that failed and was run again in parts has told of layers that others' rows lacked.
             trusted = self._watch.num_forwards == self._forwards + 1
             self._layered = False
-            self._post(partial(self._senders.step_done, trusted, self._step_done_s))
+            self._post(partial(self._senders.step_done, trusted))
 
     def finish(self, transfer_id: str, manifest: Manifest) -> None:
-        self._post(partial(self._senders.finish, transfer_id, manifest, self._step_done_s))
+        self._post(partial(self._senders.finish, transfer_id, manifest, self._now()))
 
     def accept(self, transfer_id: str, slots: Slots) -> None:
         self._post(partial(self._receivers.accept, transfer_id, slots))
@@ -246,8 +256,8 @@ class DataPlane:
             self._senders.give(transfer_id, connection, pushed, manifest)
 
     def _cancel(self, transfer_id: str) -> None:
-        if not self._senders.cancel(transfer_id):
-            self._receivers.cancel(transfer_id)
+        if not self._senders.cancel(transfer_id) and not self._receivers.cancel(transfer_id):
+            self._shared.tell_released(transfer_id)  # nothing of it is left here
 
     # -- links.Listener ------------------------------------------------------------------------------
 

@@ -108,7 +108,7 @@ class Receivers:
             return True
         entry = self.by_id.get(transfer_id)
         if entry is None or entry.phase is Phase.GIVEN_UP:
-            return entry is not None
+            return entry is not None or any(transfer_id == settling for _, settling in self._settling)
         self._give_up(entry, cancelled())
         return True
 

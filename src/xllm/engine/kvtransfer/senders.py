@@ -15,7 +15,7 @@ from xllm.engine.kvtransfer.connection import Connection
 from xllm.engine.kvtransfer.copying import copy_parts, gather
 from xllm.engine.kvtransfer.links import Links
 from xllm.engine.kvtransfer.messages import Accept, Ack, Cancel, Data, Offer
-from xllm.engine.kvtransfer.outgoing import Outgoing, Part, Step
+from xllm.engine.kvtransfer.outgoing import Backlog, Outgoing, Part, Step
 from xllm.engine.kvtransfer.sharing import Shared, cancelled, no_answer, not_reached
 from xllm.engine.kvtransfer.window import Window
 from xllm.errors import InternalError, UnavailableError, XllmError
@@ -35,11 +35,14 @@ class Senders:
 
     # -- the step thread's calls ---------------------------------------------------------------------
 
-    def send(self, transfer_id: str, endpoints: tuple[str, ...], num_pages: tuple[int, ...]) -> None:
+    def send(
+        self, transfer_id: str, endpoints: tuple[str, ...], num_pages: tuple[int, ...], backlog: Backlog
+    ) -> None:
         if transfer_id in self.by_id:
             log.error("a transfer was begun twice")
             return
         out = self._new(transfer_id, num_pages)
+        out.backlog = backlog
         out.endpoints = deque(endpoints)
         self._seek(out)
 
@@ -55,7 +58,7 @@ class Senders:
             return
         self._offer(out)
         self.push(transfer_id, pushed)
-        self.finish(transfer_id, manifest, 0.0)
+        self.finish(transfer_id, manifest, out.since_s)
 
     def push(self, transfer_id: str, pushed: Pushed) -> None:
         out = self.by_id.get(transfer_id)
@@ -67,21 +70,20 @@ class Senders:
             log.error("a push cannot be done: %s", error.message)
             self.fail(out, error)
 
-    def step_done(self, trusted: bool, at_s: float) -> None:
+    def step_done(self, trusted: bool) -> None:
         for out in self.by_id.values():
-            if not out.finishing:
-                out.step_done(trusted, at_s)
+            out.step_done(trusted)
 
-    def finish(self, transfer_id: str, manifest: Manifest, step_done_s: float) -> None:
+    def finish(self, transfer_id: str, manifest: Manifest, at_s: float) -> None:
         out = self.by_id.get(transfer_id)
         if out is not None and not out.finishing:
-            out.finish(manifest, step_done_s)
+            out.finish(manifest, at_s)
 
     def cancel(self, transfer_id: str) -> bool:
         out = self.by_id.get(transfer_id)
         if out is not None:
             self._end(out, partial(self._say_cancel, out, cancelled()))
-        return out is not None
+        return out is not None or any(o.transfer_id == transfer_id for o in self._quieting)
 
     # -- what peers say ------------------------------------------------------------------------------
 
@@ -98,6 +100,7 @@ class Senders:
             self.fail(out, error)
             return
         out.accepted, out.step, out.since_s = message, Step.ACCEPTED, self._shared.now()
+        out.backlog.accepted = True
 
     def refused(self, connection: Connection, transfer_id: str, error: XllmError) -> bool:
         out = self._of(connection, transfer_id)
@@ -123,6 +126,7 @@ class Senders:
         if out is None or out.step is not Step.FINISHED:
             return
         del self.by_id[transfer_id]
+        out.backlog.ended = True
         counters, now_s = self._shared.counters, self._shared.now()
         counters.num_sent += 1
         counters.bytes_sent += out.num_bytes
@@ -131,7 +135,7 @@ class Senders:
                 transfer_id=transfer_id,
                 num_bytes=out.num_bytes,
                 transfer_ms=out.moving_s * 1000,
-                exposed_ms=(now_s - out.step_done_s) * 1000,
+                exposed_ms=(now_s - out.finish_s) * 1000,
             )
         )
         self._shared.tell_released(transfer_id)
@@ -192,8 +196,11 @@ class Senders:
     def pass_time(self, elapsed_s: float) -> None:
         """Bytes of these transfers were on their way all the while."""
         for out in self.by_id.values():
-            if out.in_flight or self._queued(out):
+            queued = self._queued(out)
+            if out.in_flight or queued:
                 out.moving_s += elapsed_s
+            unsent = out.connection.out_bytes if queued and out.connection is not None else 0
+            out.backlog.num_unsent = unsent / max(self._shared.memory.page_bytes)
 
     def fail(self, out: Outgoing, error: XllmError, tell_peer: bool = True) -> None:
         if self.by_id.get(out.transfer_id) is not out:
@@ -205,7 +212,7 @@ class Senders:
 
     def _new(self, transfer_id: str, num_pages: tuple[int, ...]) -> Outgoing:
         now_s = self._shared.now()
-        out = Outgoing(transfer_id, self._shared.memory, num_pages, since_s=now_s, step_done_s=now_s)
+        out = Outgoing(transfer_id, self._shared.memory, num_pages, since_s=now_s)
         self.by_id[transfer_id] = out
         return out
 
@@ -304,6 +311,7 @@ class Senders:
     def _end(self, out: Outgoing, say: Callable[[], None] | None) -> None:
         """Forget it. The peer hears, and the step thread has its pages back, once nothing is in flight."""
         del self.by_id[out.transfer_id]
+        out.backlog.ended = True
 
         def quiet() -> None:
             if say is not None:

@@ -43,8 +43,12 @@ class SharedGroup:
 class SharedPages:
     """Made over an inherited descriptor before the model is loaded; the groups come with the runner."""
 
-    def __init__(self, fd: int) -> None:
-        """Takes no ownership of `fd`. Raises ConfigError for anything that might shrink under a mapping."""
+    def __init__(self, fd: int, *, lasting: bool = True) -> None:
+        """Takes no ownership of `fd`. Raises ConfigError for anything that might shrink under a mapping.
+
+        Not `lasting`: the file ends with this process, so nobody need keep account of what is in it.
+        """
+        self.lasting = lasting
         if not stat.S_ISREG(os.fstat(fd).st_mode) or not cannot_shrink(fd):
             raise ConfigError("pages-fd: not a sealed anonymous file", param="pages_fd")
         self._fd = fd

@@ -16,6 +16,7 @@ from xllm.config import FrontConfig
 from xllm.ids import new_transfer_id
 from xllm.service.handover.links import Links
 from xllm.service.handover.pair import why_not
+from xllm.service.handover.price import price
 from xllm.service.handover.record import HandoverRecord, Outcome, Reason
 from xllm.service.instances.instance import Instance
 from xllm.service.snapshot import FrontObserver
@@ -24,10 +25,13 @@ from xllm.types import PAGE_SIZE
 from xllm.wire.messages import Abort, CancelTransfer, Move, Moved
 
 log = logging.getLogger(__name__)
+decisions = logging.getLogger("xllm.decisions")
 
 ANSWER_FLOOR_S = 2.0
 ANSWER_FACTOR = 3.0
 """A move must be answered within max(floor, factor × predicted), counted from when it can get on."""
+TARGET_GONE, TIMEOUT = "target_gone", "timeout"
+"""The front's own codes; all others are the engines'."""
 MAX_FAILURES = 512
 """Failed moves that wait for somebody to think again; beyond it the oldest are forgotten."""
 
@@ -39,6 +43,7 @@ _CODE = re.compile(r"[a-z0-9_]{1,40}")
 class Pending:
     """A Move that was posted and has not been answered. `due_s` None = the source is not so far yet."""
 
+    ticket: Ticket
     request_id: str
     attempt: int
     transfer_id: str
@@ -64,6 +69,7 @@ class Failure:
     attempt: int
     target: str
     reason: Reason
+    code: str
 
 
 class Moves:
@@ -105,6 +111,7 @@ class Moves:
         now_s = self._clock.monotonic_s()
         num_bytes = -(-ticket.num_tokens // PAGE_SIZE) * source.card.page_bytes
         move = Pending(
+            ticket=ticket,
             request_id=request_id,
             attempt=ticket.journal.attempt,
             transfer_id=new_transfer_id(),
@@ -129,6 +136,24 @@ class Moves:
         if ticket.answered:
             self._set_due(move, now_s)
         return ""
+
+    def plan(self, ticket: Ticket, target: Instance) -> None:
+        """It was placed where its prompt is computed, to go on at `target`; it stays if that cannot be, or
+        if computing the prompt there once more would be faster than the link between them."""
+        source, request_id = ticket.instance, ticket.live.request_id
+        if source is None:
+            return
+        cost = price(source, target, self._links, num_tokens=ticket.num_tokens)
+        pays = cost.migrates or self._links.known(source.name, target.name) is None
+        if pays or cost.obstacle or self._links.probe(source.name, target.name):
+            why = self.begin(ticket, target, "prefill")
+        else:
+            why = "slow_link"
+        if why:
+            self.num_by_outcome["prefill", "skipped"] += 1
+            decisions.info(
+                "request %s stays at %s after its prompt: %s; %s", request_id, source.name, why, cost
+            )
 
     def answered(self, request_id: str) -> None:
         """The first output of the present attempt has come: the prompt is computed, so a move gets on now;
@@ -176,7 +201,7 @@ class Moves:
         """Nothing can be moved to this instance any more; its requests to come stay where they are."""
         for move in [m for m in self._pending.values() if m.target is instance]:
             self._cancel(move)
-            self._failed(move, "target_gone")
+            self._failed(move, TARGET_GONE)
 
     def expire(self, now_s: float) -> None:
         """Give up what was not answered in time."""
@@ -190,7 +215,7 @@ class Moves:
                 move.predicted_ms,
             )
             self._cancel(move)
-            self._failed(move, "timeout")
+            self._failed(move, TIMEOUT)
 
     def take_failures(self) -> list[Failure]:
         """Those since the last call; their requests go on at the source, and may be moved elsewhere."""
@@ -228,8 +253,13 @@ class Moves:
         known = _CODE.fullmatch(code) and (code in self.num_failures or len(self.num_failures) < _MAX_CODES)
         code = code if known else "other"
         self.num_failures[code] += 1
+        move.ticket.failed_targets.append(move.target.name)
         failure = Failure(
-            request_id=move.request_id, attempt=move.attempt, target=move.target.name, reason=move.reason
+            request_id=move.request_id,
+            attempt=move.attempt,
+            target=move.target.name,
+            reason=move.reason,
+            code=code,
         )
         self._failures = [*self._failures[1 - MAX_FAILURES :], failure]
         self._close(move, "failed", code, message)

@@ -5,23 +5,8 @@ Pure. What it would cost is `links`' and `failover.decision`'s matter.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-
+from xllm.service.failover.decision import SOURCE_GONE
 from xllm.service.instances.instance import Instance
-
-MAX_ENDPOINTS = 8
-_ENDPOINT = re.compile(r"[a-z][a-z0-9+]{0,15}:[\x21-\x7e]{1,240}")
-
-
-def usable_endpoints(told: Iterable[str]) -> tuple[str, ...]:
-    """Of what an instance tells, what may be passed on to its peers: kind:place, short, without blanks."""
-    return tuple([e for e in told if _ENDPOINT.fullmatch(e)][:MAX_ENDPOINTS])
-
-
-def endpoint_kinds(endpoints: Iterable[str]) -> tuple[str, ...]:
-    """`tcp`, `unix` …, without the places; each once, best first."""
-    return tuple(dict.fromkeys(e.partition(":")[0] for e in endpoints))
 
 
 def why_not(source: Instance, target: Instance, *, num_tokens: int = 0) -> str:
@@ -33,7 +18,7 @@ def why_not(source: Instance, target: Instance, *, num_tokens: int = 0) -> str:
     if target is source:
         return "same_instance"
     if not source.alive or source.suspect:
-        return "source_gone"
+        return SOURCE_GONE
     if not target.routable:
         return "target_gone"
     if not source.about.endpoints or not target.about.endpoints:

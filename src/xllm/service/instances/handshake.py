@@ -39,6 +39,7 @@ async def start_engine(
     timeout_s: float,
     on_progress: OnProgress = ignore_progress,
     on_assets: OnAssets = ignore_assets,
+    peer_key: bytes = b"",
 ) -> Ready:
     """Make the peer become the engine of `config` and wait until it has loaded.
 
@@ -48,7 +49,7 @@ async def start_engine(
     try:
         async with asyncio.timeout(timeout_s):
             await stream.send(Hello(role=FRONT))
-            await stream.send(Start(config=config))
+            await stream.send(Start(config=config, peer_key=peer_key))
             return await _wait_ready(stream, on_progress, on_assets)
     except TimeoutError as error:
         message = f"the engine did not load within {timeout_s:g} s; see start_timeout_s"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import socket
 import subprocess
 import sys
@@ -35,6 +36,9 @@ log = logging.getLogger(__name__)
 ENGINE = ("-m", "xllm.engine.process")
 PROGRAM = ENGINE
 """What the child runs; tests put another program that speaks the wire in its place."""
+
+_PEER_KEY = secrets.token_bytes(32)
+"""What engines of this process prove to each other before they exchange pages; it ends with them all."""
 
 POLL_S = 0.01
 EXIT_GRACE_S = 5.0
@@ -94,7 +98,12 @@ class LocalEngine:
         stream = await SocketEngineStream.over(ours)
         try:
             ready = await start_engine(
-                stream, config, timeout_s=timeout_s, on_progress=on_progress, on_assets=on_assets
+                stream,
+                config,
+                timeout_s=timeout_s,
+                on_progress=on_progress,
+                on_assets=on_assets,
+                peer_key=_PEER_KEY,
             )
         except BaseException as error:
             await stream.close()

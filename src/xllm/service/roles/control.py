@@ -15,15 +15,17 @@ from xllm.service.roles.monitor import Demand
 from xllm.service.roles.outlook import Outlook, Split, Work, outlook, work_of
 from xllm.service.router.base import InstanceView
 from xllm.service.router.decode import running_tokens
-from xllm.types import DECODE, MIXED, PREFILL
+from xllm.types import DECODE, MIXED, PREFILL, Phase
 
 CONFIRM = 2
 """Looks in a row that must find the same danger."""
 MIN_GAIN = 0.15
 """Of the worst share: less is within the error of the predictions, and would flip back and forth."""
 BUSY = 0.5
+MEMORY_S = 60.0
 IDLE_S = 2.0
 _TIE = 0.05
+_SMOOTH = 0.3
 _MAX_BIAS = 8.0
 
 
@@ -68,6 +70,16 @@ class ControlState:
 
     num_seen: int = 0
     idle_since_s: dict[str, float] = field(default_factory=dict)
+    num_decoding: float = 0.0
+    decode_context: float = 0.0
+    """Smoothed: streams come and go faster than roles should."""
+    switched_s: dict[str, list[float]] = field(default_factory=dict)
+    """When each instance was switched here, of late."""
+
+    def may_switch(self, name: str, now_s: float, cooldown_s: float) -> bool:
+        """One that went back and forth rests twice as long each time: predictions were wrong about it."""
+        times = self.switched_s[name] = [t for t in self.switched_s.get(name, ()) if now_s - t < MEMORY_S]
+        return not times or now_s - times[-1] >= cooldown_s * 2 ** (len(times) - 1)
 
 
 def tick(
@@ -76,18 +88,24 @@ def tick(
     """At most one switch towards prefill and one towards decode. `views` are of one model."""
     if len(views) < 2:
         return ()
-    repair = _repair(views)
-    if repair is not None:
-        return (repair,)
-    work = _calibrated(views, work_of([v.load for v in views], demand))
+    lacking = next((p for p in sorted(MIXED) if not any(p in v.load.phases for v in views)), None)
+    if lacking is not None:
+        return _repaired(views, lacking)
+    work = _smoothed(_calibrated(views, work_of([v.load for v in views], demand)), state)
     now = _split(views)
-    present = outlook(now, work, limits.ttft_ms, limits.tpot_ms)
+    present = _as_seen(views, outlook(now, work, limits.ttft_ms, limits.tpot_ms), limits)
     danger = _danger(views, present, state, now_s)
     state.num_seen = state.num_seen + 1 if danger else 0
     # Idleness has lasted already when it is found.
     if not danger or (state.num_seen < CONFIRM and danger != "idle_prefill"):
         return ()
-    free = [v for v in views if not v.pinned and (v.is_first_role or now_s - v.since_s >= limits.cooldown_s)]
+    free = [
+        v
+        for v in views
+        if not v.pinned
+        and (v.is_first_role or now_s - v.since_s >= limits.cooldown_s)
+        and state.may_switch(v.load.name, now_s, limits.cooldown_s)
+    ]
     target, reached = _target(views, work, limits, now)
     if target == now or reached.worst > (1.0 - MIN_GAIN) * present.worst:
         return ()
@@ -96,24 +114,27 @@ def tick(
         f"kv={present.kv:.2f}->{reached.kv:.2f},split={_told(now)}->{_told(target)},"
         f"backlog_ms={work.backlog_ms:.0f},decoding={work.num_decoding:.0f}"
     )
-    return _steps(views, free, now, target, danger, numbers)
+    switches = _steps(views, free, now, target, danger, numbers)
+    for switch in switches:
+        state.switched_s[switch.instance].append(now_s)
+    return switches
 
 
-def _repair(views: Sequence[RoleView]) -> Switch | None:
+def _repaired(views: Sequence[RoleView], phase: Phase) -> tuple[Switch, ...]:
     """An instance was lost, and with it the last one of a phase: waiting for its return helps nobody."""
-    for phase in PREFILL | DECODE:
-        if not any(phase in v.load.phases for v in views):
-            free = [v for v in views if not v.pinned]
-            if free:
-                chosen = min(free, key=lambda v: (_num_tokens(v.load), v.load.name))
-                return Switch(
-                    instance=chosen.load.name,
-                    phases=MIXED,
-                    epoch=chosen.epoch,
-                    reason="floor",
-                    numbers=f"no_{phase}",
-                )
-    return None
+    free = [v for v in views if not v.pinned]
+    if not free:
+        return ()
+    chosen = min(free, key=lambda v: (_num_tokens(v.load), v.load.name))
+    return (
+        Switch(
+            instance=chosen.load.name,
+            phases=MIXED,
+            epoch=chosen.epoch,
+            reason="floor",
+            numbers=f"no_{phase}",
+        ),
+    )
 
 
 def _danger(views: Sequence[RoleView], present: Outlook, state: ControlState, now_s: float) -> str:
@@ -143,6 +164,28 @@ def _calibrated(views: Sequence[RoleView], work: Work) -> Work:
         return work
     bias = sum(ratios) / len(ratios)
     return replace(work, tpot_bias=min(_MAX_BIAS, max(1.0 / _MAX_BIAS, bias)))
+
+
+def _smoothed(work: Work, state: ControlState) -> Work:
+    """A rise counts at once, a fall with time: to have too few decoders hurts more than to have too many."""
+    for name in ("num_decoding", "decode_context"):
+        now, before = getattr(work, name), getattr(state, name)
+        setattr(state, name, max(now, before + _SMOOTH * (now - before)))
+    return replace(work, num_decoding=state.num_decoding, decode_context=state.decode_context)
+
+
+def _as_seen(views: Sequence[RoleView], present: Outlook, limits: RoleLimits) -> Outlook:
+    """What streams really see now is no better for having been predicted better."""
+    seen = [
+        (v.load.engine.num_decoding, v.tpot_ms)
+        for v in views
+        if v.tpot_ms is not None and v.load.engine.num_decoding
+    ]
+    num = sum(n for n, _ in seen)
+    if not num:
+        return present
+    mean_ms = sum(n * tpot_ms for n, tpot_ms in seen) / num
+    return replace(present, tpot=max(present.tpot, mean_ms / limits.tpot_ms))
 
 
 def _split(views: Sequence[RoleView]) -> Split:

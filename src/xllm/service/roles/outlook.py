@@ -15,7 +15,8 @@ from xllm.service.router.base import InstanceView, RouterSnapshot
 from xllm.service.router.predict import STEP_ROWS, usual_cost
 
 HORIZON_MS = 2000.0
-"""How far ahead a queue that grows is looked at: about what a switch needs to show."""
+"""How far ahead queues are looked at. One that will have gone by then needs nobody's switch; one that is
+still there, or has grown, does."""
 MAX_LOAD = 0.95
 """Of the capacity; a queue beyond is counted as one that grows, not as one that is infinite."""
 KV_LIMIT = 0.9
@@ -36,7 +37,8 @@ class Split:
 class Work:
     """What all instances of a model have to do together. Times in ms of one instance that does nothing else.
 
-    `arrival` is ms of prompts arriving per ms; `own_ms` one usual prompt; `backlog_ms` all that wait.
+    `arrival` is ms of prompts arriving per ms; `own_ms` one usual prompt; `backlog_ms` all that wait;
+    `rows_ms` what a full step of prompt rows takes beyond an empty one.
     `tpot_bias`: observed time per token by the predicted one.
     """
 
@@ -44,6 +46,7 @@ class Work:
     backlog_ms: float
     arrival: float
     own_ms: float
+    rows_ms: float
     num_decoding: float
     decode_context: float
     pages_used: float
@@ -77,6 +80,7 @@ def work_of(views: Sequence[InstanceView], demand: Demand) -> Work:
         backlog_ms=backlog * ms_per_token,
         arrival=demand.prompt_tokens_per_s * ms_per_token / 1000.0,
         own_ms=own_ms,
+        rows_ms=max(1e-6, ms_per_token * STEP_ROWS - cost.coefficients[0]),
         num_decoding=sum(v.engine.num_decoding for v in views),
         decode_context=sum(max(v.context_tokens, v.engine.decode_context) for v in views),
         pages_used=sum(v.engine.owned_pages for v in views),
@@ -85,29 +89,46 @@ def work_of(views: Sequence[InstanceView], demand: Demand) -> Work:
 
 
 def outlook(split: Split, work: Work, ttft_slo_ms: float, tpot_slo_ms: float) -> Outlook:
-    """`split` has somebody for either phase."""
+    """`split` has somebody for either phase.
+
+    As the router does it, streams stay off instances that take prompts as long as the others suffice.
+    """
+    if split.num_decode:
+        apart = _served(split, work, ttft_slo_ms, tpot_slo_ms, num_mixed_decode=0)
+        if not split.num_mixed or max(apart.tpot, apart.kv) <= 1.0:
+            return apart
+        together = _served(split, work, ttft_slo_ms, tpot_slo_ms, num_mixed_decode=split.num_mixed)
+        return min(apart, together, key=lambda reached: reached.worst)
+    return _served(split, work, ttft_slo_ms, tpot_slo_ms, num_mixed_decode=split.num_mixed)
+
+
+def _served(
+    split: Split, work: Work, ttft_slo_ms: float, tpot_slo_ms: float, *, num_mixed_decode: int
+) -> Outlook:
+    """If of the mixed instances so many also decode."""
     cost = work.cost
-    c0, c1, _, _, _ = cost.coefficients
-    num_decode = split.num_mixed + split.num_decode
+    c0 = cost.coefficients[0]
+    num_decode = num_mixed_decode + split.num_decode
     streams, context = work.num_decoding / num_decode, work.decode_context / num_decode
     decode_ms = work.tpot_bias * cost.decode_ms(streams, context)
-    rows_ms = max(1e-6, c1 * STEP_ROWS)
+    rows_ms = work.rows_ms
     # Of a mixed instance's step, the part that goes to prompts while it also draws for its streams.
     share = (c0 + rows_ms) / (rows_ms + max(c0, decode_ms))
-    capacity = split.num_prefill + split.num_mixed * share
+    num_pure = split.num_prefill + split.num_mixed - num_mixed_decode
+    num_prefill = split.num_prefill + split.num_mixed
+    capacity = num_pure + num_mixed_decode * share
     load = min(MAX_LOAD, work.arrival / capacity)
-    own_ms = work.own_ms / (1.0 if split.num_prefill else share)
-    growth_ms = HORIZON_MS * max(0.0, work.arrival - capacity)
-    wait_ms = (work.backlog_ms + growth_ms) / capacity + own_ms * load / (2.0 * (1.0 - load)) / (
-        split.num_prefill + split.num_mixed
-    )
+    own_ms = work.own_ms / (1.0 if num_pure else share)
+    left_ms = max(0.0, work.backlog_ms + HORIZON_MS * (work.arrival - capacity))
+    wait_ms = left_ms / capacity + own_ms * load / (2.0 * (1.0 - load)) / num_prefill
     tpot_ms = decode_ms
-    if split.num_mixed and streams:
-        busy = 1.0 if work.backlog_ms > work.own_ms * (split.num_prefill + split.num_mixed) else load
-        tpot_ms += busy * rows_ms
+    # Prompts become streams: that none runs at this moment does not make their disturbance free.
+    has_streams = work.num_decoding > 0 or work.arrival > 0
+    if num_mixed_decode and has_streams:
+        tpot_ms += rows_ms * (1.0 if work.backlog_ms > work.own_ms * num_prefill else load)
     kv = work.pages_used / (num_decode * work.pages_each) / KV_LIMIT if work.pages_each else 0.0
     return Outlook(
         ttft=(wait_ms + own_ms) / ttft_slo_ms,
-        tpot=tpot_ms / tpot_slo_ms if work.num_decoding else 0.0,
+        tpot=tpot_ms / tpot_slo_ms if has_streams else 0.0,
         kv=kv,
     )

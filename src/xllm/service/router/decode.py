@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from xllm.config import FrontConfig
 from xllm.cost import StepCost
 from xllm.service.router.base import InstanceView, RequestView, RouterSnapshot
-from xllm.service.router.predict import MAX_EXPECTED_OUTPUT, num_requests, usual_cost
+from xllm.service.router.predict import MAX_EXPECTED_OUTPUT, STEP_ROWS, num_requests, usual_cost
 from xllm.types import PAGE_SIZE
+
+MARGIN = 1.1
+"""A prediction keeps an objective when it does so with this margin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,14 +46,17 @@ def choose_decode(
         if not pool:
             return DecodeChoice(instance=None, why="decode_full")
         return _at(pool[snapshot.turn % len(pool)], stays_at, "turn")
-    cost = usual_cost(snapshot)
+    cost, beside = usual_cost(snapshot), usual_backlog(snapshot)
     limit_ms = request.slo.tpot_ms or config.slo_tpot_ms
 
+    def tpot_ms(view: InstanceView) -> float:
+        return predicted_tpot_ms(request, view, cost, beside)
+
     def keeps(view: InstanceView) -> bool:
-        return has_pages(request, view) and predicted_tpot_ms(request, view, cost) <= limit_ms
+        return has_pages(request, view) and MARGIN * tpot_ms(view) <= limit_ms
 
     def answer(view: InstanceView, why: str) -> DecodeChoice:
-        return _at(view, stays_at, why, predicted_tpot_ms(request, view, cost))
+        return _at(view, stays_at, why, tpot_ms(view))
 
     if "decode" in stays_at.phases and keeps(stays_at):
         return answer(stays_at, "stays")
@@ -63,7 +69,7 @@ def choose_decode(
     least = min(
         (*stable, *changing),
         # Without pages it would have to preempt first, whatever its speed.
-        key=lambda v: (not has_pages(request, v), predicted_tpot_ms(request, v, cost), v.name),
+        key=lambda v: (not has_pages(request, v), tpot_ms(v), v.name),
     )
     return answer(least, "smallest_miss")
 
@@ -73,12 +79,28 @@ def running_tokens(view: InstanceView) -> int:
     return max(view.context_tokens, view.engine.decode_context) + view.coming_tokens
 
 
-def predicted_tpot_ms(request: RequestView, view: InstanceView, cost: StepCost) -> float:
-    """A step there once everything that it has or expects decodes, this request too."""
+def usual_backlog(snapshot: RouterSnapshot) -> float:
+    """Prompt rows that wait at an instance which takes prompts, on average: an idle one does not stay idle
+    while the others have queues."""
+    taking = [v for v in snapshot.instances if "prefill" in v.phases]
+    backlog = sum(max(v.backlog_tokens, v.engine.backlog_tokens) for v in taking)
+    return backlog / len(taking) if taking else 0.0
+
+
+def predicted_tpot_ms(
+    request: RequestView, view: InstanceView, cost: StepCost, usual_backlog: float = 0.0
+) -> float:
+    """A step there once everything that it has or expects decodes, this request too.
+
+    Prompts that wait now stand for those that will then be computed beside it.
+    """
     own = StepCost.known(view.engine.cost) or cost
+    backlog = max(view.backlog_tokens, view.engine.backlog_tokens, usual_backlog)
+    per_row_ms = own.coefficients[1] + own.coefficients[2] * request.num_prompt_tokens / 2
+    beside_ms = per_row_ms * min(STEP_ROWS, backlog if "prefill" in view.phases else 0)
     num_tokens = (request.num_prompt_tokens + request.num_emitted) * request.num_choices
     num_decoding = max(num_requests(view), view.engine.num_decoding) + view.coming_reqs + request.num_choices
-    return own.decode_ms(num_decoding, running_tokens(view) + num_tokens)
+    return own.decode_ms(num_decoding, running_tokens(view) + num_tokens) + beside_ms
 
 
 def has_pages(request: RequestView, view: InstanceView) -> bool:

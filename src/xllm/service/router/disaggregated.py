@@ -16,7 +16,7 @@ from xllm.service.router.base import InstanceView, Placement, RequestView, Route
 from xllm.service.router.decode import choose_decode, decoders
 from xllm.service.router.predict import usual_cost
 from xllm.service.router.round_robin import round_robin
-from xllm.types import MIXED
+from xllm.types import MIXED, PREFILL
 
 
 def place(
@@ -62,17 +62,24 @@ def _with_costs(snapshot: RouterSnapshot) -> RouterSnapshot:
 def _place_prompt(
     policy: RouterPolicy, request: RequestView, snapshot: RouterSnapshot, config: FrontConfig
 ) -> Placement | None:
-    """Stable pool; if the first token is predicted late there, those in transition, too."""
-    stable = [v for v in snapshot.instances if "prefill" in v.phases and not v.old_phases]
+    """Those for prompts alone; if the first token is predicted late there, also mixed ones, whose streams it
+    would disturb; then also those in transition."""
     taking = [v for v in snapshot.instances if "prefill" in v.phases]
-    placed = _first_with_room(policy, request, snapshot, config, (stable, taking), "prefill")
+    stable = [v for v in taking if not v.old_phases]
+    alone = [v for v in stable if v.phases == PREFILL]
+    pools = [pool for pool in (alone, stable, taking) if pool]
+    placed = _first_with_room(policy, request, snapshot, config, pools, "prefill")
+    if placed is not None and placed.ttft_ms is None and len(stable) > len(alone):
+        # It predicts nothing, so nothing would ever tell that those for prompts alone are overrun.
+        return _first_with_room(policy, request, snapshot, config, (stable, taking), "prefill")
     limit_ms = request.slo.ttft_ms or config.slo_ttft_ms
-    if placed is None or placed.ttft_ms is None or placed.ttft_ms <= limit_ms or len(taking) == len(stable):
-        return placed
-    wider = policy(request, replace(snapshot, instances=tuple(taking)), config)
-    if wider is None or wider.ttft_ms is None or wider.ttft_ms >= placed.ttft_ms:
-        return placed
-    return replace(wider, reasons=(*wider.reasons, "pool=in_transition"))
+    for pool in pools:
+        if placed is None or placed.ttft_ms is None or placed.ttft_ms <= limit_ms:
+            break
+        wider = policy(request, replace(snapshot, instances=tuple(pool)), config)
+        if wider is not None and wider.ttft_ms is not None and wider.ttft_ms < placed.ttft_ms:
+            placed = replace(wider, reasons=(*wider.reasons, f"pool={len(pool)}_of_{len(taking)}"))
+    return placed
 
 
 def _first_with_room(

@@ -10,6 +10,7 @@ import logging
 from xllm.observability.logs import log_event
 from xllm.service.draft import RequestDraft
 from xllm.service.failover.decision import MoveCost
+from xllm.service.handover.record import HandoverRecord
 from xllm.service.instances.about import InstanceState
 from xllm.service.router.base import Placement
 from xllm.service.snapshot import NullObserver, RequestRecord
@@ -63,6 +64,25 @@ class DecisionLog(NullObserver):
             gap_ms=round(gap_s * 1000, 3),
             recompute_tokens=cost.recompute_tokens,
             decision=str(cost),
+        )
+
+    def on_handover(self, record: HandoverRecord) -> None:
+        log_event(
+            log,
+            "handover",
+            request=record.request_id,
+            client=self._names.get(record.request_id, ("", ""))[0],
+            source=record.source,
+            target=record.target,
+            reason=record.reason,
+            mode=record.mode,
+            outcome=record.outcome,
+            code=record.code,
+            bytes=record.num_bytes,
+            transfer_ms=round(record.transfer_ms, 3),
+            exposed_ms=round(record.exposed_ms, 3),
+            predicted_ms=round(record.predicted_ms, 3),
+            wait_ms=round(record.wait_s * 1000, 3),
         )
 
     def on_instance(self, name: str, state: InstanceState, reason: str, detect_s: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from xllm.service.failover.decision import MoveCost
+from xllm.service.handover.record import HandoverRecord
 from xllm.service.router.base import Placement
 from xllm.service.snapshot import RequestRecord
 
@@ -103,6 +104,8 @@ class Timeline:
         }
         if len(best) > MAX_SCORES:
             facts["scores_left_out"] = len(best) - MAX_SCORES
+        if placement.decode is not None:
+            facts["decode"] = placement.decode
         if placement.ttft_ms is not None:
             facts["predicted_ttft_ms"] = round(placement.ttft_ms, 3)
         if placement.tpot_ms is not None:
@@ -133,6 +136,16 @@ class Timeline:
     def queued(self, queue_s: float) -> None:
         """What the engine says of its queue; comes before the output it belongs to."""
         self._queue_s = queue_s
+
+    def handed_over(self, now_s: float, record: HandoverRecord) -> None:
+        facts: dict[str, Any] = {"from": record.source, "to": record.target, "reason": record.reason}
+        if record.outcome == "done":
+            facts["bytes"] = record.num_bytes
+            facts["transfer_ms"] = round(record.transfer_ms, 3)
+            facts["exposed_ms"] = round(record.exposed_ms, 3)
+            self._note(now_s, "handed over", mode=record.mode, **facts)
+        else:
+            self._note(now_s, "not handed over", outcome=record.outcome, code=record.code, **facts)
 
     def moved(self, now_s: float, source: str, target: str, cause: str, gap_s: float, cost: MoveCost) -> None:
         facts: dict[str, Any] = {"from": source, "to": target, "cause": cause, "gap_ms": _ms(gap_s)}

@@ -11,6 +11,7 @@ from typing import Any
 from xllm.clock import Clock
 from xllm.service.draft import RequestDraft
 from xllm.service.failover.decision import MoveCost
+from xllm.service.handover.record import HandoverRecord
 from xllm.service.instances.about import InstanceState
 from xllm.service.router.base import Placement
 from xllm.service.snapshot import NullObserver, RequestRecord
@@ -87,6 +88,10 @@ class Timelines(NullObserver):
     ) -> None:
         if timeline := self._live.get(request_id):
             timeline.moved(self._clock.monotonic_s(), source, target, cause, gap_s, cost)
+
+    def on_handover(self, record: HandoverRecord) -> None:
+        if timeline := self._live.get(record.request_id):
+            timeline.handed_over(self._clock.monotonic_s(), record)
 
     def on_instance(self, name: str, state: InstanceState, reason: str, detect_s: float) -> None:
         self.instance_events.append((self._clock.wall_s(), name, state, reason, detect_s))

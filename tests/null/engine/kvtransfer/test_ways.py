@@ -53,9 +53,9 @@ def test_pages_arrive_through_mooncake() -> None:
     sender, receiver = _pair("mooncake")
     fill(sender)
     for name, transfer in (
-        ("whole", test_whole_pages_arrive_and_both_sides_hear_of_it),
-        ("fetched", test_pages_are_fetched_from_who_keeps_them),
-        ("layers", test_layers_are_copied_while_the_step_writes_the_next),
+        ("whole", _push_whole),
+        ("fetched", _fetch),
+        ("layers", _push_layers),
     ):
         transfer((sender, receiver), name)
         for group in receiver.memory.groups:
@@ -64,7 +64,7 @@ def test_pages_arrive_through_mooncake() -> None:
     close(receiver)
 
 
-def test_whole_pages_arrive_and_both_sides_hear_of_it(pair: Pair, name: str = "t") -> None:
+def _push_whole(pair: Pair, name: str) -> None:
     sender, receiver = pair
     begin(sender, receiver, name)
     sender.plane.push(name, WHOLE)
@@ -79,6 +79,10 @@ def test_whole_pages_arrive_and_both_sides_hear_of_it(pair: Pair, name: str = "t
     assert receiver.told(Released) == []  # it comes with Arrived
 
 
+def test_whole_pages_arrive_and_both_sides_hear_of_it(pair: Pair) -> None:
+    _push_whole(pair, "t")
+
+
 def test_pushes_before_the_receivers_yes_wait_for_it(pair: Pair) -> None:
     sender, receiver = pair
     sender.plane.send("t", receiver.plane.endpoints, COUNTS)
@@ -89,7 +93,7 @@ def test_pushes_before_the_receivers_yes_wait_for_it(pair: Pair) -> None:
     arrives(receiver, sender)
 
 
-def test_layers_are_copied_while_the_step_writes_the_next(pair: Pair, name: str = "t") -> None:
+def _push_layers(pair: Pair, name: str) -> None:
     """The receiver has layer 0 before layer 1 exists, and nothing of a layer that is not finished."""
     sender, receiver = pair
     for group in sender.memory.groups:
@@ -100,6 +104,8 @@ def test_layers_are_copied_while_the_step_writes_the_next(pair: Pair, name: str 
     write = _writer(sender)
     write(0)
     sender.word.finished_layers = 1
+    # Layer 0 is one of two in the first group: half of its four pages; two of the other group are left.
+    wait_until(lambda: sender.plane.num_pending(name) == 4, "half of four pages is copied")
     first, _ = receiver.memory.groups[0].spans
     slots = list(SLOTS[0])
     for at, length in first:
@@ -112,6 +118,10 @@ def test_layers_are_copied_while_the_step_writes_the_next(pair: Pair, name: str 
     sender.plane.step_done()
     sender.plane.finish(name, MANIFEST)
     arrives(receiver, sender, name)
+
+
+def test_layers_are_copied_while_the_step_writes_the_next(pair: Pair) -> None:
+    _push_layers(pair, "t")
 
 
 def _writer(sender: Peer) -> Callable[[int], None]:
@@ -161,7 +171,7 @@ def test_a_page_pushed_again_has_its_last_content(pair: Pair) -> None:
     arrives(receiver, sender)
 
 
-def test_pages_are_fetched_from_who_keeps_them(pair: Pair, name: str = "t") -> None:
+def _fetch(pair: Pair, name: str) -> None:
     sender, receiver = pair
     receiver.plane.pull(name, ("unix:nowhere/xllm", *sender.plane.endpoints), root=b"r", digests=(b"d",))
     asked = sender.wait(Asked, name)
@@ -172,6 +182,10 @@ def test_pages_are_fetched_from_who_keeps_them(pair: Pair, name: str = "t") -> N
     assert arrives(receiver, sender, name).manifest == MANIFEST
     sender.wait(Sent, name)
     sender.wait(Released, name)
+
+
+def test_pages_are_fetched_from_who_keeps_them(pair: Pair) -> None:
+    _fetch(pair, "t")
 
 
 def test_many_transfers_share_a_connection(pair: Pair) -> None:

@@ -316,6 +316,10 @@ CHANGES = {
 }
 
 
+STILL_USED = ("other last token", "more computed than tokens", "shared partial page")
+"""The last token's row is computed anyway; of choices that share too much the full pages are used."""
+
+
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("groups", [(FULL,), (FULL, WINDOW)], ids=["full", "window"])
 def test_a_manifest_that_does_not_fit_costs_work_and_nothing_else(name: str, groups) -> None:
@@ -323,6 +327,8 @@ def test_a_manifest_that_does_not_fit_costs_work_and_nothing_else(name: str, gro
     # 208 tokens are computed when it moves: 3 full pages and a partial one.
     pair, client = decoding(kind, count=8, groups=groups)
     arrive(pair, client, CHANGES[name])
+    if name not in STILL_USED:
+        assert pair.engines[1].core.mover.counters.claimed_rows == 0
     pair.finish()
     same(client, unmoved(request(kind, ignore_eos=True), groups=groups))
 
@@ -337,6 +343,23 @@ def test_a_manifest_ahead_of_the_log_is_used_as_far_as_the_log_goes() -> None:
     assert pair.engines[1].core.mover.counters.claimed_rows == len(PROMPT) + len(client.tokens[0]) - 1
     pair.finish()
     same(client, unmoved(request("greedy", ignore_eos=True)))
+
+
+def test_pages_read_while_a_step_was_computed_twice_are_not_used() -> None:
+    """The fault of another request makes the executor run the step again, which empties new pages first."""
+    pair = Pair(config=SchedulerConfig(max_num_batched_tokens=128))
+    client = pair.submit(request("greedy"))
+    pair.engines[0].core.submit(spec("bad", (1, 2, 3), max_tokens=9))
+
+    def fault(entry) -> None:
+        if len(entry.tokens) == 3:
+            raise RuntimeError("the fault")
+
+    pair.engines[0].runner.fault = fault
+    pair.move("a")
+    pair.finish()
+    assert [m.error.code for m in pair.moved if m.error] == ["step_failed"]
+    same(client, unmoved(request("greedy")))
 
 
 def test_the_same_offer_twice_is_taken_once() -> None:

@@ -45,15 +45,16 @@ def spec_of(name: str, job: dict[str, object]):
     return spec(name, tuple((7 * i + 13 * family) % 500 + 3 for i in range(length)), seed=5, **fields)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     groups=st.sampled_from(GROUPS),
     caching=st.booleans(),
     chunk=st.sampled_from([24, 512]),
     num_pages=st.sampled_from([14, 40]),
+    first=st.lists(jobs, min_size=1, max_size=4),
     schedule=st.lists(events, min_size=4, max_size=25),
 )
-def test_moves_change_nothing_but_the_place(groups, caching, chunk, num_pages, schedule) -> None:
+def test_moves_change_nothing_but_the_place(groups, caching, chunk, num_pages, first, schedule) -> None:
     shape = {
         "groups": groups,
         "caching": caching,
@@ -62,7 +63,7 @@ def test_moves_change_nothing_but_the_place(groups, caching, chunk, num_pages, s
     }
     pair = Pair(**shape)
     names: list[str] = []
-    for kind, value in schedule:
+    for kind, value in [*(("submit", job) for job in first), *schedule]:
         if kind == "submit" and len(names) < 6:
             names.append(f"r{len(names)}")
             pair.submit(spec_of(names[-1], value), at=len(names) % 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ from xllm.testing.fake_engine import SampleEngine
 from xllm.types import RequestSpec
 from xllm.wire.messages import FrontMessage, Submit
 
-TELLS_ENDPOINTS = InstanceAbout(endpoints=("unix:/run/p", "tcp:127.0.0.1:9"), pulses=True)
+TELLS_ENDPOINTS = InstanceAbout(endpoints=("unix:/run/p", "tcp:127.0.0.1:9"))
 
 
 def split(request: RequestView, snapshot: RouterSnapshot, config: FrontConfig) -> Placement | None:
@@ -80,11 +80,11 @@ class Pair:
         return await self.house.engine(name=name, join={"about": TELLS_ENDPOINTS}, **how)
 
 
-async def make_pair(house: House, *, script: Any = None, **config: Any) -> Pair:
+async def make_pair(house: House, *, script: Any = None, pulses: bool = False, **config: Any) -> Pair:
     watcher = Watcher()
     house.front = Front(FrontConfig(**config), split, house.clock, observer=watcher)
     how = {"auto": False} if script is None else {"auto": False, "script": script}
-    join = {"about": TELLS_ENDPOINTS}
+    join = {"about": replace(TELLS_ENDPOINTS, pulses=pulses)}
     p = await house.engine(name="p", join=join, **how)
     d = await house.engine(name="d", join=join, **how)
     return Pair(house, watcher, p, d)

@@ -1,4 +1,4 @@
-"""Placement among instances with roles: who computes the prompt, where it goes on, and that nobody is refused."""
+"""Placement among instances with roles: who computes the prompt, where it goes on; nobody is refused."""
 
 from __future__ import annotations
 
@@ -132,6 +132,14 @@ def test_if_every_decoder_is_full_it_stays() -> None:
     assert pair(request(), prefill("p"), coming) == ("p", None)
 
 
+def test_prompts_stay_off_mixed_instances_unless_they_would_wait_too_long_or_nothing_is_predicted() -> None:
+    mixed = having(MIXED, instance("m"))
+    assert pair(request(), prefill("p", backlog=100), mixed)[0] == "p"
+    assert pair(request(), prefill("p", backlog=30_000), mixed)[0] == "m"
+    turns = {pair(request(), prefill("p"), mixed, policy="round-robin", turn=t)[0] for t in range(4)}
+    assert turns == {"m", "p"}
+
+
 def test_a_late_first_token_is_fetched_from_the_pool_in_transition() -> None:
     late, changing = prefill("p", backlog=30_000), having(PREFILL, instance("x"), old=DECODE)
     assert pair(request(), late, changing, decode("d"))[0] == "x"
@@ -154,7 +162,7 @@ def test_what_has_spoken_is_recomputed_and_goes_on_at_a_decoder() -> None:
 
 
 def test_a_cost_that_only_the_other_pool_knows_is_used() -> None:
-    """Decoders learn nothing of prompts, and prefill instances tell nothing of either in their first seconds."""
+    """Decoders learn nothing of prompts, and new prefill instances have told nothing of either."""
     slow = (2.0, 10.0, 0.0, 0.3, 0.0002)
     placement = placed(request(1000), prefill("p", cost=()), decode("d", cost=slow))
     assert placement.ttft_ms is not None
