@@ -84,6 +84,12 @@ class Watched:
         self._transfers.finish(*args)
         self._points.reach("p.finished")
 
+    def give(self, *args) -> None:
+        """What a pull asks for goes in one piece."""
+        self._points.reach("p.finish")
+        self._transfers.give(*args)
+        self._points.reach("p.finished")
+
     def accept(self, *args) -> None:
         self._transfers.accept(*args)
         self._points.reach("d.accepted")
