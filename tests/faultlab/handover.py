@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from tests.faultlab.tcpproxy import HEALTHY, TcpProxy
 from xllm.testing.server_process import ServerProcess, serve
 
 LIMIT_S = 60.0
+ROW_MS = 0.05
 
 
 def wait_for(condition: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
@@ -87,7 +89,7 @@ class HandoverLab:
         faults.wait_ready(self.server.base_url, self.num_engines)
         self.arm(fault)
         async with self.client() as http:
-            asked = [asyncio.create_task(answer_of(http, body)) for body in bodies]
+            asked = [asyncio.create_task(answer_of(http, body)) for body in uncached(bodies)]
             struck = asyncio.create_task(asyncio.to_thread(self._strike, fault, stopped_s))
             try:
                 answers = await asyncio.gather(*asked)
@@ -148,7 +150,7 @@ class HandoverLab:
         before = self.num_taken()
 
         def again() -> bool:
-            got = asyncio.run(golden(self.server.base_url, bodies))
+            got = asyncio.run(golden(self.server.base_url, uncached(bodies)))
             assert Struck(pid=0, answers=list(got)).differences(wanted) == []
             return self.num_taken() > before
 
@@ -182,6 +184,12 @@ def first_difference(want: Answer, got: Answer) -> str:
     return f"usage: wanted {want.usage}, got {got.usage}"
 
 
+def uncached(bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same requests, whose prefixes nobody has computed yet: else little is left to hand over."""
+    salt = secrets.token_hex(8)
+    return [{**body, "cache_salt": salt} for body in bodies]
+
+
 async def answer_of(http: httpx.AsyncClient, body: dict[str, Any]) -> Answer | BrokenStreamError:
     try:
         return await ask(http, body)
@@ -212,7 +220,8 @@ def handover_lab(
     """
     points = folder / "points"
     points.mkdir(exist_ok=True)
-    env = environment(pace_ms, max_queue_delay_s=0, **settings) | {"HANDOVERLAB_DIR": str(points)}
+    env = environment(pace_ms, max_queue_delay_s=0, **settings)
+    env |= {"HANDOVERLAB_DIR": str(points), "HANDOVERLAB_ROW_MS": str(ROW_MS)}
     num_engines = sum(int(part.partition(":")[2]) for part in instances.split(","))
     with contextlib.ExitStack() as stack:
         proxies = [stack.enter_context(_proxy(points)) for _ in range(num_engines * proxied)]

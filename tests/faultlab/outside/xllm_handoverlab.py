@@ -21,11 +21,14 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import threading
 from pathlib import Path
 
 FOLDER = os.environ.get("HANDOVERLAB_DIR", "")
+ROW_S = float(os.environ.get("HANDOVERLAB_ROW_MS", "0")) / 1000
+"""What a computed row takes on the null device: where prompts cost nothing, moving their pages never pays."""
 
 
 class Points:
@@ -79,6 +82,12 @@ class Watched:
     def finish(self, *args) -> None:
         self._points.reach("p.finish")
         self._transfers.finish(*args)
+        self._points.reach("p.finished")
+
+    def give(self, *args) -> None:
+        """What a pull asks for goes in one piece."""
+        self._points.reach("p.finish")
+        self._transfers.give(*args)
         self._points.reach("p.finished")
 
     def accept(self, *args) -> None:
@@ -142,6 +151,18 @@ def install(points: Points) -> None:
             module.Mover = LabMover
 
 
+def install_cost() -> None:
+    from xllm.engine.platform.null_runner import NullRunner
+
+    execute = NullRunner.execute
+
+    def slow(self, plan):
+        select.select([], [], [], plan.num_rows * ROW_S)
+        return execute(self, plan)
+
+    NullRunner.execute = slow
+
+
 def take_proxy(folder: Path, port: int) -> int | None:
     """The proxy's port, now told where to go to; None when all are taken."""
     for offered in sorted(folder.glob("proxy.*")):
@@ -177,6 +198,8 @@ class Handoverlab:
         if FOLDER:
             install(Points(Path(FOLDER)))
             install_proxies(Path(FOLDER))
+        if ROW_S:
+            install_cost()
 
     def __call__(self, logits, op) -> None:
         """Changes nothing."""

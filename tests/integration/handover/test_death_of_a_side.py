@@ -11,6 +11,7 @@ import asyncio
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,11 +21,11 @@ from tests.faultlab.handover import Fault, HandoverLab, handover_lab
 from tests.faultlab.lab import MODEL, flags
 
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
-PACE_MS = 3.0
-BODIES = bodies(MODEL, 12, 3, max_tokens=60)
+PACE_MS = 2.0
+BODIES = bodies(MODEL, 9, 3, max_tokens=50)
 POINTS = {
     "p.move": (0,),
-    "p.chunk": (0, 1, 4),
+    "p.chunk": (0, 1, 2),
     "p.finish": (0,),
     "p.finished": (0,),
     "p.sent": (0,),
@@ -39,11 +40,8 @@ POINTS = {
 FEW = [
     Fault(point="p.chunk", skip=2),
     Fault(point="p.finished"),
-    Fault(point="p.answered"),
-    Fault(point="d.accepted"),
     Fault(point="d.arrived"),
     Fault(point="d.step", skip=5),
-    Fault(point="p.finish", number=STOP),
     Fault(point="d.submitted", number=STOP),
 ]
 ALL = [
@@ -100,11 +98,50 @@ def each_pair(
         yield made
 
 
-def check(lab: HandoverLab, fault: Fault, wanted: list[Answer]) -> None:
-    struck = asyncio.run(lab.under(fault, BODIES))
+REAL = (
+    "--max-model-len", "1024", "--num-pages", "200", "--logits-processors", "handoverlab",
+    "--max-num-batched-tokens", "64",
+)  # fmt: skip
+REAL_BODIES = bodies("smollm2", 8, 4, max_tokens=40)
+REAL_FAULTS = [
+    *(
+        Fault(point=point, number=number, skip=skip, after_ms=after_ms)
+        for number in (KILL, STOP)
+        for point, skip, after_ms in (
+            ("p.chunk", 1, 0.0),
+            ("p.chunk", 3, 20.0),
+            ("p.finished", 0, 0.3),
+            ("p.answered", 0, 0.0),
+            ("d.accepted", 0, 3.0),
+            ("d.arrived", 2, 0.0),
+            ("d.step", 4, 0.0),
+        )
+    )
+]
+"""With pages of megabytes, read layer by layer while the step writes them."""
+
+
+@pytest.fixture(scope="module")
+def real_wanted(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
+    folder = tmp_path_factory.mktemp("alone")
+    with handover_lab(folder, smollm2, *REAL, instances="mixed:1") as alone:
+        return asyncio.run(golden(alone.server.base_url, REAL_BODIES))
+
+
+@pytest.fixture(scope="module", params=["shm", "tcp"])
+def real_pair(
+    request: pytest.FixtureRequest, smollm2: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[HandoverLab]:
+    folder = tmp_path_factory.mktemp("pair")
+    with handover_lab(folder, smollm2, *REAL, transfer=request.param) as made:
+        yield made
+
+
+def check(lab: HandoverLab, fault: Fault, wanted: list[Answer], asked: list[dict[str, Any]] = BODIES) -> None:
+    struck = asyncio.run(lab.under(fault, asked))
     assert struck.differences(wanted) == []
     assert lab.server.count("xllm:divergences_total") == 0
-    lab.wait_works_again(BODIES[:2], wanted[:2])
+    lab.wait_works_again(asked[:2], wanted[:2])
 
 
 @pytest.mark.parametrize("fault", FEW, ids=str)
@@ -118,3 +155,11 @@ def test_no_stream_notices_over_any_transport(
     each_pair: HandoverLab, wanted: list[Answer], fault: Fault
 ) -> None:
     check(each_pair, fault, wanted)
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("fault", REAL_FAULTS, ids=str)
+def test_no_stream_of_the_real_model_notices(
+    real_pair: HandoverLab, real_wanted: list[Answer], fault: Fault
+) -> None:
+    check(real_pair, fault, real_wanted, REAL_BODIES)

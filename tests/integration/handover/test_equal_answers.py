@@ -35,7 +35,7 @@ class Way:
 
 CHUNKED = ("--max-num-batched-tokens", "64")
 NO_CACHE = ("--no-enable-prefix-caching",)
-FEW = [Way(args=CHUNKED), Way(transfer="tcp", args=NO_CACHE), Way(transfer="mooncake", mode="pull")]
+FEW = [Way(args=CHUNKED), Way(transfer="mooncake", mode="pull")]
 ALL = [
     Way(transfer=transfer, mode=mode, args=args, instances=instances)
     for transfer in ("shm", "tcp", "mooncake")

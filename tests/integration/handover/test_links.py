@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.faults.run import golden
 from benchmarks.faults.streams import Answer
-from tests.faultlab.handover import HandoverLab, Struck, answer_of, handover_lab
+from tests.faultlab.handover import HandoverLab, Struck, answer_of, handover_lab, uncached
 from tests.faultlab.tcpproxy import Toxics
 from tests.integration.handover.test_death_of_a_side import BODIES, flags_of
 
@@ -39,7 +39,9 @@ async def under(lab: HandoverLab, toxics: Toxics) -> Struck:
         proxy.set(toxics)
     try:
         async with lab.client() as http:
-            return Struck(pid=0, answers=list(await asyncio.gather(*(answer_of(http, b) for b in BODIES))))
+            return Struck(
+                pid=0, answers=list(await asyncio.gather(*(answer_of(http, b) for b in uncached(BODIES))))
+            )
     finally:
         lab.restore()
 
@@ -47,7 +49,7 @@ async def under(lab: HandoverLab, toxics: Toxics) -> Struck:
 @pytest.mark.parametrize(
     ("toxics", "done"),
     [
-        pytest.param(Toxics(refuse=True), "refused", id="refused"),
+        pytest.param(Toxics(refuse=True), "refused", id="refused", marks=pytest.mark.robustness),
         pytest.param(Toxics(blackhole=True), "held", id="swallowed", marks=pytest.mark.robustness),
         pytest.param(Toxics(blackhole=True, way="down"), "held", id="half_open"),
         pytest.param(Toxics(corrupt_after=1500, way="up"), "corrupted", id="bit_up"),
@@ -94,13 +96,15 @@ def num_of(lab: HandoverLab, done: str) -> int:
     return sum(proxy.counts[done] for proxy in lab.proxies)
 
 
-@pytest.mark.parametrize("reset", [False, True], ids=["cut", "reset"])
+@pytest.mark.parametrize(
+    "reset", [pytest.param(False, id="cut", marks=pytest.mark.robustness), pytest.param(True, id="reset")]
+)
 def test_a_link_that_is_cut_all_the_time_costs_time_only(
     linked: HandoverLab, wanted: list[Answer], reset: bool
 ) -> None:
     async def cutting() -> Struck:
         async with linked.client() as http:
-            asked = [asyncio.create_task(answer_of(http, body)) for body in BODIES]
+            asked = [asyncio.create_task(answer_of(http, body)) for body in uncached(BODIES)]
             while not all(task.done() for task in asked):
                 for proxy in linked.proxies:
                     cut[0] += await asyncio.to_thread(proxy.cut, reset=reset)

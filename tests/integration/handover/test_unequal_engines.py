@@ -43,7 +43,7 @@ def found(*instances: tuple[str, tuple[str, ...]], transfer: str = "auto") -> It
             process.stop()
 
 
-@pytest.mark.slow
+@pytest.mark.robustness
 def test_thread_counts_change_no_answer(smollm2: str, tmp_path: Path) -> None:
     asked = bodies("smollm2", 6, 7, max_tokens=40)
     args = (smollm2, "--max-model-len", "1024", "--num-pages", "200", "--num-threads")
