@@ -53,7 +53,7 @@ from xllm.types import KVGroup, KVLayout
 from xllm.wire.hello import INSTANCE, Handshake, Identity
 from xllm.wire.proof import ClusterKey
 
-QUICK = TransferLimits(silent_s=0.3, ping_s=0.05, connect_s=0.5, answer_s=5.0)
+QUICK = TransferLimits(silent_s=0.8, ping_s=0.1, answer_s=10.0)
 
 
 @pytest.fixture
@@ -343,7 +343,7 @@ def test_shared_pages_stay_leased_until_the_sender_has_stopped(
 
 
 def test_a_lease_that_its_sender_forgets_expires(make: Callable[..., Peer]) -> None:
-    receiver = make(limits=replace(QUICK, lease_s=0.4))
+    receiver = make(limits=replace(QUICK, lease_s=0.4, silent_s=10.0))
     hand = Hand(receiver)
     hand.say(_offer())
     receiver.wait(Offered)
