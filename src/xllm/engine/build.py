@@ -192,7 +192,7 @@ def _max_model_len(config: EngineConfig, arch: ArchConfig) -> tuple[int, str]:
 
 
 def _page_bytes(runner: Runner) -> int:
-    """What a hand-over of a page moves, which on a device that keeps no real KV is not what the layout says."""
+    """What a hand-over of a page moves; where no real KV is kept that is not what the layout says."""
     memory = runner.kv_memory()
     if memory is not None:
         return sum(memory.page_bytes)

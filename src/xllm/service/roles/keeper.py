@@ -19,8 +19,9 @@ from xllm.service.catalogue import Catalogue
 from xllm.service.instances.instance import Instance
 from xllm.service.placer import Choice, Placer
 from xllm.service.roles.board import Phases, RoleBoard, Standing, keeps_floors
-from xllm.service.roles.control import ControlState, RoleLimits, RoleView, Switch, tick
+from xllm.service.roles.control import ControlState, RoleLimits, tick
 from xllm.service.roles.monitor import LoadMonitor
+from xllm.service.roles.splits import RoleView, Switch
 from xllm.service.snapshot import FrontObserver
 from xllm.types import MIXED, Phase, RequestSpec
 

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 
 from tests.null.service.conftest import House, collect, turns
+from xllm.config import ClusterConfig, FrontConfig
 from xllm.errors import NotFoundError, RequestError, UnavailableError
+from xllm.service.cluster import ClusterService
 from xllm.service.instances.about import InstanceAbout
 from xllm.service.roles.board import Standing
 from xllm.service.roles.keeper import PROOF_S
+from xllm.testing.clock import FakeClock
 from xllm.testing.fake_engine import SampleEngine
 from xllm.types import EngineSnapshot
 from xllm.wire.messages import Stats
@@ -268,3 +271,15 @@ async def test_the_last_decoder_lost_is_made_up_for(house: House) -> None:
     await turns(lambda: len(house.front.snapshot().instances) == 2)
     house.pass_time(1.2)
     assert {i.standing.reason for i in house.front.snapshot().instances} == {"started", "floor"}
+
+
+async def test_a_front_that_may_share_its_registry_changes_no_roles() -> None:
+    shared = ClusterConfig(registry="etcd://127.0.0.1:1")
+    service = ClusterService(FrontConfig(role_control="adaptive"), shared, FakeClock())
+    with pytest.raises(UnavailableError, match="labels of one front"):
+        service.front.set_role("a", "mixed", None, pinned=True)
+    await service.close()
+    alone = ClusterService(FrontConfig(), ClusterConfig(registry="static://127.0.0.1:1"), FakeClock())
+    with pytest.raises(NotFoundError):
+        alone.front.set_role("a", "mixed", None, pinned=True)
+    await alone.close()
