@@ -20,10 +20,10 @@ from xllm.service.router.registry import load_policy
 from xllm.simulation.client import Client, Outcome
 from xllm.simulation.cluster import EngineShape, SimCluster
 from xllm.simulation.device import Draws
-from xllm.simulation.engine import SimEngine
 from xllm.simulation.faults import FaultPlayer
 from xllm.simulation.golden import golden_output
 from xllm.simulation.hand_over import PAGE_BYTES, SimSwitch, elsewhere
+from xllm.simulation.leftovers import held, index_faults, quiet
 from xllm.simulation.loop import StuckError, run_virtual
 from xllm.simulation.oracle import judge
 from xllm.simulation.record import Observer, Record, Timeline
@@ -33,10 +33,6 @@ END_AFTER_S = 400.0
 """Virtual seconds after the schedule's last event within which every request must have ended."""
 HEAD_START_S = 0.5
 """Instances that start at 0 have this long before the first request."""
-SETTLE_S = 2.5
-"""Afterwards, for what is still on its way."""
-QUIET_AFTER_S = 60.0
-"""Virtual seconds after the last request within which every engine must be idle."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +149,7 @@ class _Run:
         failures = [str(t.exception()) for t in readers if t.done() and t.exception() is not None]
         side += player.tasks
         failures += [repr(t.exception()) for t in side if t.done() and t.exception() is not None]
-        engine_faults = [*await _quiet(cluster), *_index_faults(cluster)]
+        engine_faults = [*await quiet(cluster), *index_faults(cluster)]
         record = Record(
             outcomes=[c.outcome for c in clients],
             front=cluster.front.snapshot(),
@@ -170,7 +166,7 @@ class _Run:
         for task in (*readers, *side):
             task.cancel()
         await cluster.close()
-        wrong += [f"{e.name} after its end: {what}" for e in cluster.processes for what in _held(e)]
+        wrong += [f"{e.name} after its end: {what}" for e in cluster.processes for what in held(e)]
         if self._on_line is not None:
             for line in log.lines or ():
                 self._on_line(line)
@@ -230,53 +226,6 @@ def _code(outcome: Outcome) -> str | None:
     if outcome.refused is not None:
         return f"refused:{outcome.refused.code}"
     return None if outcome.error is None else outcome.error.code
-
-
-async def _quiet(cluster: SimCluster) -> list[str]:
-    """Wait until no living engine holds a request; what they still held after all that time."""
-    loop = asyncio.get_running_loop()
-    end_s = loop.time() + QUIET_AFTER_S
-    while loop.time() < end_s:
-        if all(_is_quiet(e) for e in cluster.processes if e.alive):
-            break
-        await asyncio.sleep(0.25)
-    await asyncio.sleep(SETTLE_S)
-    return [f"{e.name}: {what}" for e in cluster.processes if e.alive for what in _held(e)]
-
-
-def _is_quiet(engine: SimEngine) -> bool:
-    """What a peer brought for a request that never came stays for a while, and then must be gone."""
-    return not engine.device.core.has_requests and not engine.device.memory.counts().in_transfer
-
-
-def _index_faults(cluster: SimCluster) -> list[str]:
-    """Where the front's picture of pages differs from the pages, now that nothing moves any more."""
-    index = cluster.front.kv_index
-    index.check()
-    alive = {i.name for i in cluster.front.snapshot().instances if i.alive}
-    found = [f"the index still knows pages of {n}" for n in index.instances() if n not in alive]
-    for name in sorted(alive):
-        engine = cluster.engines[name]
-        if engine.alive and index.digests(name) != frozenset(engine.device.core.page_names()):
-            found.append(f"the index does not know the pages of {engine.name}")
-    return found
-
-
-def _held(engine: SimEngine) -> list[str]:
-    """What an engine that should be idle still holds. A crashed one holds nothing any more."""
-    found = [f"failed: {engine.failure!r}"] if engine.failure is not None else []
-    if not engine.alive and not engine.exited_in_order:
-        return found
-    counts = engine.device.memory.counts()
-    if engine.device.core.has_requests:
-        found.append("still has requests")
-    elif counts.owned:
-        found.append(f"{counts.owned} pages are owned by nobody")
-    if counts.in_transfer and engine.alive:
-        found.append(f"{counts.in_transfer} pages are held by transfers that are over")
-    if counts.free + counts.reusable + counts.owned + counts.in_transfer != counts.total:
-        found.append("pages are not conserved")
-    return found
 
 
 def _may_be_full(schedule: Schedule) -> bool:
