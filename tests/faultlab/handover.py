@@ -141,8 +141,10 @@ class HandoverLab:
         data = httpx.get(f"{self.server.base_url}/instances", timeout=30, trust_env=False).json()
         return sum(i["moves"]["in"] for i in data["instances"])
 
-    def num_failures(self) -> float:
-        return self.server.count("xllm:kv_transfer_failures_total")
+    def failures(self) -> dict[str, float]:
+        """Of hand-overs, with what they are said to be."""
+        found = self.server.metrics().items()
+        return {name: count for name, count in found if name.startswith("xllm:kv_transfer_failures_total")}
 
     def wait_works_again(self, bodies: list[dict[str, Any]], wanted: list[Answer]) -> None:
         """Pages are given back, and requests are handed over as before."""
