@@ -118,7 +118,7 @@ bench-transfer: test-setup  ## KV pages between engines: bytes a second of each 
 bench-handover: test-setup kernels model  ## what a hand-over costs: hidden share, first token, first gap, live moves
 	@$(BIN)/python -m benchmarks.handover $(ARGS)
 
-bench-roles: setup  ## the same question in virtual time: static splits, all mixed, control; minutes
+bench-roles: setup  ## policies for roles under load that shifts, in virtual time; minutes
 	@$(BIN)/python -m benchmarks.simulated_roles $(ARGS)
 
 bench-load-shift: test-setup  ## load that turns from prompts to answers and back: roles that follow it or not
