@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,6 +60,7 @@ class FakeFront:
     def __init__(self) -> None:
         self.log: list[tuple[str, str]] = []
         self.more: dict[str, Any] = {}
+        self.instances: dict[str, SimpleNamespace] = {}
         self.refuses: Exception | None = None
         self.news = asyncio.Condition()
 
@@ -66,12 +69,12 @@ class FakeFront:
 
     async def add_instance(
         self, stream: EngineStream, card: ModelCard, *, name: str, max_reqs: int | None, **more: Any
-    ) -> object:
+    ) -> SimpleNamespace:
         if self.refuses is not None:
             raise self.refuses
         self.more[name] = more
         await self.note("add", name)
-        return None
+        return self.instances.setdefault(name, SimpleNamespace(ended_receiving=False))
 
     async def drain_instance(self, name: str, grace_s: float) -> object:
         await self.note("drain", name)
@@ -99,6 +102,7 @@ class House:
         self.clock = FakeClock()
         self.processes: list[FakeProcess] = []
         self.fds: list[int | None] = []
+        self.files: list[int] = []
         self.delays: list[float] = []
         self.failures: list[Exception] = []
         self.script: Script = echo
@@ -116,6 +120,7 @@ class House:
 
     async def launch(self, config: EngineConfig, *rest: object, **more: Any) -> Any:
         self.fds.append(more["pages_fd"])
+        self.files.append(os.fstat(more["pages_fd"]).st_ino)
         await self.blocked.wait()
         if self.failures:
             raise self.failures.pop(0)
@@ -235,6 +240,16 @@ async def test_the_first_engine_opens_the_house_and_the_others_follow_one_by_one
     await house.front.saw("add", "engine-2")
     assert house.delays == [0]
     assert len(set(house.fds)) == 3
+    await house.supervisor.close()
+
+
+@pytest.mark.parametrize("receiving", [False, True])
+async def test_memory_that_a_peer_may_still_write_is_not_used_again(house: House, receiving: bool) -> None:
+    await house.supervisor.start()
+    house.front.instances["engine-0"].ended_receiving = receiving
+    house.lose("engine-0", house.processes[0])
+    await house.front.saw("add", "engine-0", 2)
+    assert (house.files[0] != house.files[1]) is receiving
     await house.supervisor.close()
 
 

@@ -85,6 +85,8 @@ class Instance:
         """Requests that are elsewhere by now, whose pages are still to be fetched from here."""
         self.inbound: dict[str, int] = {}
         """Requests that are being moved here, with their tokens: load that is certain to come."""
+        self.ended_receiving = False
+        """It was lost while peers brought it pages, or held pages that one of them might still write."""
         self.idle = asyncio.Event()
         self.idle.set()
         self.backlog_tokens = 0
@@ -183,6 +185,7 @@ class Instance:
         if not self.alive:
             return
         self.alive = False
+        self.ended_receiving = bool(self.inbound) or self.snapshot.transfer_pages > 0
         self._outbox.clear()
         self._commits.clear()
         for waiting in self._assets.values():

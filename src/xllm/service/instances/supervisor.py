@@ -41,6 +41,13 @@ Launch = Callable[..., Awaitable[LocalEngine]]
 Sleep = Callable[[float], Awaitable[None]]
 
 
+class Served(Protocol):
+    """What the supervisor needs of an instance of the front."""
+
+    @property
+    def ended_receiving(self) -> bool: ...
+
+
 class EngineKeeper(Protocol):
     """What the supervisor needs of the front."""
 
@@ -57,7 +64,7 @@ class EngineKeeper(Protocol):
         about: InstanceAbout | None,
         cause_of: CauseOf | None,
         on_hung: Callable[[], None] | None,
-    ) -> object: ...
+    ) -> Served: ...
 
     async def drain_instance(self, name: str, grace_s: float) -> object: ...
 
@@ -74,6 +81,7 @@ class Slot:
         self.restarts = Restarts()
         self.pages = SlotPages(name)
         self.engine: LocalEngine | None = None
+        self.instance: Served | None = None
         self.num_starts = 0
         self.task: asyncio.Task[None] | None = None
         self.planned = False
@@ -175,6 +183,7 @@ class Supervisor:
                     log.error(
                         "%s (process %d) ended with code %d; starting it again", slot.name, engine.pid, code
                     )
+            _part_with_pages(slot)
             if not planned:
                 await self._sleep(slot.restarts.died(self._clock.monotonic_s(), cause))
 
@@ -223,7 +232,7 @@ class Supervisor:
     async def _add(self, slot: Slot, engine: LocalEngine) -> None:
         slot.down.clear()
         slot.engine = engine
-        await self._front.add_instance(
+        slot.instance = await self._front.add_instance(
             engine.stream,
             engine.card,
             name=slot.name,
@@ -284,6 +293,14 @@ class Supervisor:
         await self._front.remove_instance(slot.name)
         await _end(slot)
         self.slots = tuple(s for s in self.slots if s is not slot)
+
+
+def _part_with_pages(slot: Slot) -> None:
+    """A peer that was bringing pages may have them mapped, and a stopped one may write when it goes on: into
+    what belongs to somebody else by then, if the next engine used the same memory."""
+    if slot.instance is not None and slot.instance.ended_receiving:
+        log.warning("%s ended while pages were brought to it; it begins with fresh memory", slot.name)
+        slot.pages.renew()
 
 
 async def _end(slot: Slot) -> None:
