@@ -447,3 +447,19 @@ async def _pass_time(house: House, seconds: float, *awake: SampleEngine) -> None
         for _ in range(6):
             await asyncio.sleep(0)
         house.pass_time(0.2)
+
+
+# -- the memory of who was receiving --------------------------------------------------------------------
+
+
+async def test_it_is_known_of_a_lost_instance_whether_peers_were_bringing_it_pages(house: House) -> None:
+    pair = await make_pair(house, script=say(SCRIPT))
+    stream = await pair.started()
+    await pair.p.saw(Move)
+    p, d = (house.front._catalogue.get(name) for name in "pd")
+    assert p is not None
+    assert d is not None
+    d.abandon()
+    p.abandon()
+    assert (p.ended_receiving, d.ended_receiving) == (False, True)
+    await stream.aclose()
