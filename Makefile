@@ -16,7 +16,7 @@ TEST_STAMP := $(VENV)/.xllm-test-setup
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test-setup kernels model serve test lint null reference native integration robustness simulate exactness sanitize bench-ttft bench-serve bench-client bench-overhead bench-overload bench-transfer bench-handover bench-load-shift bench-faults bench-service bench-routing bench-routing-live bench-peers bench-compare bench-rates bench-step bench-perplexity soak freeze clean
+.PHONY: help setup test-setup kernels model serve test lint null reference native integration robustness simulate exactness sanitize bench-ttft bench-serve bench-client bench-overhead bench-overload bench-transfer bench-handover bench-load-shift bench-roles bench-faults bench-service bench-routing bench-routing-live bench-peers bench-compare bench-rates bench-step bench-perplexity soak freeze clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -117,6 +117,9 @@ bench-transfer: test-setup  ## KV pages between engines: bytes a second of each 
 
 bench-handover: test-setup kernels model  ## what a hand-over costs: hidden share, first token, first gap, live moves
 	@$(BIN)/python -m benchmarks.handover $(ARGS)
+
+bench-roles: setup  ## the same question in virtual time: static splits, all mixed, control; minutes
+	@$(BIN)/python -m benchmarks.simulated_roles $(ARGS)
 
 bench-load-shift: test-setup  ## load that turns from prompts to answers and back: roles that follow it or not
 	@$(BIN)/python -m benchmarks.load_shift $(ARGS)

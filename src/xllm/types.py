@@ -208,7 +208,8 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     Page counts are summed over KV groups; `prefix_queries`/`prefix_hits` count tokens.
     `backlog_tokens` are prompt rows of accepted requests not yet computed; `num_decoding` sequences
     draw a token in every step and stand on `decode_context` tokens together. `cost` holds the fitted
-    coefficients of `cost.StepCost` (empty = not known yet), `cost_error` their relative error.
+    coefficients of `cost.StepCost` (empty = not known yet), `cost_error` their relative error; `half_cost` is
+    what is known of them while all steps were of one kind, 0 = nothing.
     """
 
     step: int = 0
@@ -237,6 +238,7 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     decode_context: int = 0
     cost: tuple[float, ...] = ()
     cost_error: float = 0.0
+    half_cost: tuple[float, ...] = ()
     draining: bool = False
     num_moved_out: int = 0
     """Requests handed over to peers, …"""

@@ -14,6 +14,7 @@ MIN_STEPS = 16
 MIN_OF_A_KIND = 4
 
 _REFIT_EVERY = 64
+_HALF_EVERY = 32
 _GROWTH = 1.0 / 0.996
 """Per observation newer ones weigh this much more: about 250 steps of a kind are remembered."""
 _RIDGE = 1e-5
@@ -28,7 +29,8 @@ _WITH_PREFILL, _DECODE_ONLY = 0, 1
 
 
 class CostFitter:
-    """Owned by one step thread. `cost()` is None until enough varied steps were seen.
+    """Owned by one step thread. `cost()` is None until enough varied steps were seen; until then `half()` is
+    what steps of one kind alone tell, with 0 for the work that they did not have.
 
     Steps with and without prompt rows are summed apart and forgotten apart: hours of decoding alone
     must not fade what is known of prefill. Errors count relative to the predicted time, so that
@@ -40,6 +42,7 @@ class CostFitter:
     __slots__ = (
         "_cost",
         "_error",
+        "_half",
         "_num_decode",
         "_num_prefill",
         "_num_steps",
@@ -57,6 +60,7 @@ class CostFitter:
         self._num_prefill = 0
         self._num_decode = 0
         self._cost: StepCost | None = None
+        self._half: StepCost | None = None
         self._error = 0.0
         self._spread = 0.1
 
@@ -67,6 +71,10 @@ class CostFitter:
 
     def cost(self) -> StepCost | None:
         return self._cost
+
+    def half(self) -> StepCost | None:
+        """Of an engine that only decodes, or only computes prompts. Nothing to predict a whole step by."""
+        return self._half
 
     def observe(
         self,
@@ -88,7 +96,20 @@ class CostFitter:
         self._num_prefill += prefill_rows > 0
         self._num_decode += num_decoding > 0
         if self._is_due():
-            self._refit()
+            self._cost, self._half = self._refit(), None
+        elif self._cost is None and self._num_steps % _HALF_EVERY == 0:
+            self._half = self._known_half(self._refit())
+
+    def _known_half(self, cost: StepCost | None) -> StepCost | None:
+        """Without what a handful of steps of the other kind would claim."""
+        if cost is None:
+            return None
+        c0, c1, c2, c3, c4 = cost.coefficients
+        if self._num_prefill < MIN_OF_A_KIND:
+            c1 = c2 = 0.0
+        if self._num_decode < MIN_OF_A_KIND:
+            c3 = c4 = 0.0
+        return StepCost((c0, c1, c2, c3, c4))
 
     def _weigh(
         self, rows: float, context: float, num: float, decode_context: float, elapsed_ms: float
@@ -146,7 +167,7 @@ class CostFitter:
             return False
         return self._cost is None or n % _REFIT_EVERY == 0 or n in (32, 96)
 
-    def _refit(self) -> None:
+    def _refit(self) -> StepCost | None:
         for kind, weight in enumerate(self._weights):
             # Back to weight 1, so that the growth never overflows.
             self._sums[kind] = [v / weight for v in self._sums[kind]]
@@ -164,4 +185,4 @@ class CostFitter:
             row[i] = 1.0 + (_RIDGE if i else 0.0)
         scaled = [t * k for t, k in zip(target, scale, strict=True)]
         solution = solve_nonnegative(matrix, scaled)
-        self._cost = StepCost.known([x * k for x, k in zip(solution, scale, strict=True)])
+        return StepCost.known([x * k for x, k in zip(solution, scale, strict=True)])

@@ -191,6 +191,14 @@ def _max_model_len(config: EngineConfig, arch: ArchConfig) -> tuple[int, str]:
     return asked, f"max_model_len={asked}: as asked (the model allows {arch.max_position})"
 
 
+def _page_bytes(runner: Runner) -> int:
+    """What a hand-over of a page moves; where no real KV is kept that is not what the layout says."""
+    memory = runner.kv_memory()
+    if memory is not None:
+        return sum(memory.page_bytes)
+    return sum(page_bytes_of(g, runner.kv_layout.dtype) for g in runner.kv_layout.groups)
+
+
 def _card(
     config: EngineConfig,
     source: ModelSource,
@@ -220,7 +228,7 @@ def _card(
         deterministic=runner.deterministic,
         page_size=runner.kv_layout.page_size,
         num_pages=sum(num_pages),
-        page_bytes=sum(page_bytes_of(g, runner.kv_layout.dtype) for g in runner.kv_layout.groups),
+        page_bytes=_page_bytes(runner),
         generation_config=dict(source.generation_config()),
         created_s=int(clock.wall_s()),
     )

@@ -19,7 +19,8 @@ from xllm.engine.kvtransfer.nowhere import NoTransfers
 from xllm.engine.memory.manager import PageManager
 from xllm.engine.memory.news import PageChanges
 from xllm.engine.moving import Mover
-from xllm.engine.progress import Pace, StepProgress, shape_of
+from xllm.engine.plan import StepPlan, StepResult
+from xllm.engine.progress import Pace, Shape, StepProgress, shape_of
 from xllm.engine.scheduler.scheduler import Scheduler
 from xllm.engine.surviving import Keeper
 from xllm.errors import UnavailableError
@@ -55,6 +56,7 @@ class EngineCore:
         self._events: deque[TransferEvent] = deque()
         self.mover = Mover(scheduler, memory, NoTransfers(self._events.append), self._settle)
         self._pace = Pace()
+        self._shape: Shape = (0, 0, 0, 0)
         self._last_step_ms = 0.0
         self._draining = False
 
@@ -83,6 +85,14 @@ class EngineCore:
 
     def advance(self) -> bool:
         """Run one step if anything can run; whether it did. What came due waits in `take_outputs`."""
+        plan = self.begin_step()
+        if plan is not None:
+            self.end_step(plan, self.execute(plan))
+        self.check_idle()
+        return plan is not None
+
+    def begin_step(self) -> StepPlan | None:
+        """What the next step computes; None = nothing can run. `execute` and `end_step` follow."""
         now_s = self.clock.monotonic_s()
         self.progress.begin(now_s)
         while self._events:
@@ -93,17 +103,24 @@ class EngineCore:
             # Now, since what the last step brought is on its way to its readers. In proportion to the step.
             self.keeper.write(None if plan is None else 1 + plan.num_rows // PAGE_SIZE)
         if plan is not None:
-            shape = shape_of(plan)
-            self.progress.predicted_ms = self._pace.predict_ms(shape)
+            self._shape = shape_of(plan)
+            self.progress.predicted_ms = self._pace.predict_ms(self._shape)
             self.mover.before_step(plan)
-            result = self._executor.execute(plan)
-            self._last_step_ms = result.elapsed_ms
-            self._pace.observe(shape, result.elapsed_ms)
-            self.scheduler.absorb(plan, result)
-            self.mover.after_step(result.rerun)
+        return plan
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        return self._executor.execute(plan)
+
+    def end_step(self, plan: StepPlan, result: StepResult) -> None:
+        self._last_step_ms = result.elapsed_ms
+        self._pace.observe(self._shape, result.elapsed_ms)
+        self.scheduler.absorb(plan, result)
+        self.mover.after_step(result.rerun)
+
+    def check_idle(self) -> None:
+        """With no request alive no page may be owned. Raises InternalError."""
         if not self.scheduler.has_requests:
             self._memory.check_idle()
-        return plan is not None
 
     def take_outputs(self) -> Outputs:
         """Frames since the last call, terminal ones included."""
@@ -162,6 +179,7 @@ class EngineCore:
             last_step_ms=self._last_step_ms,
             cost=self._pace.coefficients,
             cost_error=self._pace.error,
+            half_cost=self._pace.half,
             draining=self._draining,
             num_moved_out=moves.num_out,
             num_moved_in=moves.num_in,

@@ -88,6 +88,9 @@ class EngineLoop:
         self._kv.tell(may_wait=False)
         ran = False
         while self._take_messages(may_wait=not ran):
+            # What the transfers said during the last step: a stream stands still for it, so it does not wait
+            # for the next one.
+            self._answer_moves()
             ran = self._core.advance()
             if not self._publish(ran):
                 break

@@ -46,13 +46,14 @@ class StepProgress:
 class Pace:
     """How long this engine's steps take, learnt from its own."""
 
-    __slots__ = ("_cost", "_fitter", "_num_steps", "coefficients", "error")
+    __slots__ = ("_cost", "_fitter", "_num_steps", "coefficients", "error", "half")
 
     def __init__(self) -> None:
         self._fitter = CostFitter()
         self._cost: StepCost | None = None
         self._num_steps = 0
         self.coefficients: tuple[float, ...] = ()
+        self.half: tuple[float, ...] = ()
         self.error = 0.0
 
     def predict_ms(self, shape: Shape) -> float:
@@ -63,7 +64,8 @@ class Pace:
         self._fitter.observe(*shape, elapsed_ms)
         self._num_steps += 1
         if self._num_steps % COST_EVERY == 0:
-            self._cost = self._fitter.cost()
+            self._cost, half = self._fitter.cost(), self._fitter.half()
+            self.half = () if half is None else half.coefficients
             if self._cost is not None:
                 self.coefficients, self.error = self._cost.coefficients, self._fitter.error
 

@@ -23,6 +23,11 @@ from xllm.service.snapshot import FrontObserver
 from xllm.wire.hello import FRONT, Identity
 from xllm.wire.messages import WIRE_VERSION
 
+SEVERAL_FRONTS = (
+    "Roles are labels of one front, and several fronts may share this registry: start instances with the "
+    "setting role, or run one front over static://."
+)
+
 
 class ClusterService:
     """Create it on the event loop, then `start`; end it with `close`. Instances come and go meanwhile."""
@@ -58,6 +63,8 @@ class ClusterService:
                 self._registry, config.cluster, "instances", relist_s=config.relist_s
             )
         self.front = Front(front_config, None, clock, observer=observer)
+        if self._registry is not None:
+            self.front.roles.why_not = lambda: SEVERAL_FRONTS
         self.remote = RemoteInstances(
             self.front,
             self.directory,

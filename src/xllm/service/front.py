@@ -294,7 +294,9 @@ class Front:
             num_tokens = max(1, len(delta.token_ids))
             # Choices speak in turn, so that the gap of one is that of all of them together.
             gap_ms = gap_s * 1000 * (1 if first else len(live.journal.choices) / num_tokens)
-            self.roles.spoke(ticket.instance, live.request_id, gap_ms, first=first)
+            # The gap before a new attempt's first output is the move's, and not this instance's pace.
+            pace_ms = gap_ms if first or ticket.answered else None
+            self.roles.spoke(ticket.instance, live.request_id, pace_ms, first=first)
         self._observer.on_delta(live.request_id, ticket.model_id, delta, gap_s, first=first)
         self._dispatch.on_delta(ticket, delta, now_s)
 

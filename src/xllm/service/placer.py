@@ -18,7 +18,7 @@ from xllm.service.roles.board import UNLISTED, RoleBoard, Standing
 from xllm.service.router.base import InstanceView, Placement, RequestView, RouterPolicy, RouterSnapshot
 from xllm.service.router.disaggregated import place
 from xllm.service.router.memory import PlacementMemory
-from xllm.types import PAGE_SIZE, RequestSpec
+from xllm.types import MIXED, PAGE_SIZE, RequestSpec
 from xllm.wire.messages import KvDelta
 
 Chain = tuple[bytes, ...]
@@ -156,6 +156,8 @@ def _view(
     recent_ms: float,
     standing: Standing,
 ) -> InstanceView:
+    # Without a way for its pages an instance has to do for a request all that it does: its role is a name.
+    can_share = bool(instance.about.endpoints)
     return InstanceView(
         name=instance.name,
         num_reqs=len(instance.requests),
@@ -165,8 +167,8 @@ def _view(
         context_tokens=instance.context_tokens,
         matched=matched,
         recent_ms=recent_ms,
-        phases=standing.phases,
-        old_phases=standing.old_phases,
+        phases=standing.phases if can_share else MIXED,
+        old_phases=standing.old_phases if can_share else frozenset(),
         coming_reqs=len(instance.inbound),
         coming_tokens=sum(instance.inbound.values()),
     )

@@ -46,6 +46,7 @@ def many(seeds: range) -> int:
     failed: list[int] = []
     codes: Counter[str] = Counter()
     totals: Counter[str] = Counter()
+    handovers: Counter[str] = Counter()
     for count, seed in enumerate(seeds, start=1):
         report = run_seed(seed)
         if report.wrong:
@@ -60,7 +61,11 @@ def many(seeds: range) -> int:
             completed=report.num_completed,
             faults=report.num_faults_hit,
             losses=report.num_losses,
+            switches=report.num_switches,
+            claimed_rows=report.num_claimed_rows,
+            link_faults=report.num_link_faults_hit,
         )
+        handovers.update({f"{reason} {outcome}": n for (reason, outcome), n in report.handovers.items()})
         now_s = time.monotonic()
         if now_s - told_s > PROGRESS_EVERY_S or count == len(seeds):
             told_s = now_s
@@ -70,6 +75,7 @@ def many(seeds: range) -> int:
                 flush=True,
             )
     print(f"{dict(totals)}, ended otherwise: {dict(codes)}")
+    print(f"hand-overs: {dict(handovers)}")
     return 1 if failed else 0
 
 

@@ -6,6 +6,7 @@ What it got is a value for the oracle; nothing is judged here.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from xllm.errors import XllmError
@@ -38,13 +39,25 @@ class Outcome:
     usage: Usage | None = None
 
 
+def ignore_delta(outcome: Outcome) -> None:
+    """For readers whom nobody watches."""
+
+
 class Client:
     """`outcome.ended_s` stays None when the request never ended."""
 
-    def __init__(self, index: int, request: SimRequest, front: Front, origin_s: float) -> None:
+    def __init__(
+        self,
+        index: int,
+        request: SimRequest,
+        front: Front,
+        origin_s: float,
+        on_delta: Callable[[Outcome], None] = ignore_delta,
+    ) -> None:
         self.outcome = Outcome(index=index, request=request)
         self._request = request
         self._front = front
+        self._on_delta = on_delta
         self._origin_s = origin_s
         self._loop = asyncio.get_running_loop()
 
@@ -80,6 +93,7 @@ class Client:
             if outcome.first_s is None:
                 outcome.first_s = now_s
             outcome.deltas.append(delta)
+            self._on_delta(outcome)
             if len(outcome.deltas) > request.after:
                 match request.habit:
                     case "leave":

@@ -20,9 +20,10 @@ from xllm.service.instances.handshake import attach, start_engine
 from xllm.service.router.base import RouterPolicy
 from xllm.service.snapshot import FrontObserver
 from xllm.simulation.clock import VirtualClock
-from xllm.simulation.device import FULL, SMOLLM2_ON_TWO_CORES, Draws, build_device
+from xllm.simulation.device import FULL, MAX_MODEL_LEN, SMOLLM2_ON_TWO_CORES, Draws, build_device
 from xllm.simulation.engine import SimEngine
-from xllm.types import KVGroup
+from xllm.simulation.network import Network, Wire
+from xllm.types import KVGroup, Phase
 
 START_TIMEOUT_S = 20.0
 RETRY_S = 0.25
@@ -40,6 +41,9 @@ class EngineShape:
     scheduler: SchedulerConfig = SchedulerConfig()
     step_time: StepCost = SMOLLM2_ON_TWO_CORES
     servers: bool = False
+    max_model_len: int = MAX_MODEL_LEN
+    page_bytes: int = 0
+    exact: bool = True
 
 
 def ignore_change(name: str, up: bool) -> None:
@@ -51,6 +55,8 @@ class SimCluster:
 
     `engines` holds the latest process of each name, `processes` all there ever were. `on_change(name,
     up)` tells when the front has taken an instance or lost it. `restart_s` by name: None = it stays away.
+    `phases` by name is the role that an instance starts with; mixed unless said. Without a `wire` engines
+    exchange no pages.
     """
 
     def __init__(
@@ -64,13 +70,16 @@ class SimCluster:
         latency_s: float = 0.0001,
         draws: Draws | None = None,
         on_change: Callable[[str, bool], None] = ignore_change,
+        wire: Wire | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.clock = VirtualClock(self._loop)
+        self.network = None if wire is None else Network(wire)
         self.front = Front(config, router, self.clock, observer=observer)
         self.engines: dict[str, SimEngine] = {}
         self.processes: list[SimEngine] = []
         self.restart_s: dict[str, float | None] = {}
+        self.phases: dict[str, tuple[Phase, ...]] = {}
         self._shape = shape
         self._rng = rng
         self._latency_s = latency_s
@@ -96,7 +105,12 @@ class SimCluster:
                 ready,
                 name=name,
                 on_lost=lambda: self._lost(name),
-                about=InstanceAbout(address="simulated" if engine.server else "local", pulses=True),
+                about=InstanceAbout(
+                    address="simulated" if engine.server else "local",
+                    pulses=True,
+                    phases=self.phases.get(name, ("prefill", "decode")),
+                    endpoints=ready.endpoints,
+                ),
                 cause_of=None if engine.server else lambda: self._cause(engine),
                 on_hung=None if engine.server else engine.crash,
             )
@@ -136,8 +150,17 @@ class SimCluster:
             groups=self._shape.groups,
             config=self._shape.scheduler,
             step_time=self._shape.step_time,
+            max_model_len=self._shape.max_model_len,
+            page_bytes=self._shape.page_bytes,
+            exact=self._shape.exact,
         )
-        engine = SimEngine(f"{name}/{len(self.processes)}", device, latency_s, server=self._shape.servers)
+        engine = SimEngine(
+            f"{name}/{len(self.processes)}",
+            device,
+            latency_s,
+            server=self._shape.servers,
+            network=self.network,
+        )
         self.engines[name] = engine
         self.processes.append(engine)
         return engine

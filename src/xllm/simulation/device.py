@@ -7,6 +7,7 @@ only the time a step takes is made up. No event loop here.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -17,15 +18,15 @@ from xllm.config import SchedulerConfig
 from xllm.cost import StepCost, attention_work
 from xllm.engine.core import EngineCore
 from xllm.engine.executor import InProcExecutor
-from xllm.engine.memory.manager import PageManager
-from xllm.engine.plan import SequencePlan, SequenceResult, StepPlan, StepResult
-from xllm.engine.platform.null_runner import NullRunner
+from xllm.engine.memory.manager import PageManager, pages_for
+from xllm.engine.plan import ChoiceTokens, SampledToken, SequencePlan, SequenceResult, StepPlan, StepResult
+from xllm.engine.platform.null_runner import NullRunner, TokenPages
 from xllm.engine.sampling import Sampler
 from xllm.engine.scheduler.order import create_order
 from xllm.engine.scheduler.scheduler import Scheduler
 from xllm.errors import InternalError
 from xllm.testing.tiny_tokenizer import tiny_assets
-from xllm.types import KVGroup, KVLayout, ModelCard
+from xllm.types import PAGE_SIZE, KVGroup, KVLayout, ModelCard
 
 VOCAB_SIZE = 264
 EOS = 2
@@ -63,6 +64,25 @@ class SimRunner(NullRunner):
         super().__init__(layout, [num_pages] * len(layout.groups), VOCAB_SIZE, Sampler())
         self._draws = draws
 
+    @property
+    def memory(self) -> list[TokenPages]:
+        """What the pages of each group hold; a transfer reads and writes it."""
+        return self._kv
+
+    def check(self, entry: SequencePlan, tokens: Sequence[int]) -> None:
+        """Compare all that the first row of `entry` attends to with the sequence's own `tokens`."""
+        if entry.start == 0:
+            return
+        for group, window in enumerate(self._windows):
+            first = 0 if window is None else max(0, entry.start - window + 1)
+            page = first // PAGE_SIZE
+            pages = entry.pages[group][page : pages_for(entry.start)]
+            if min(pages, default=0) < 0:
+                raise WrongKvError(f"group {group}: a page that row {entry.start} needs was given back")
+            held = self._kv[group][list(pages)].reshape(-1)[first - page * PAGE_SIZE :]
+            if held[: entry.start - first].tolist() != list(tokens[first : entry.start]):
+                raise WrongKvError(f"group {group}: positions {first}-{entry.start} hold others' tokens")
+
     def _sequence(self, entry: SequencePlan) -> SequenceResult:
         if entry.sample is None or entry.prompt_logprobs is not None:
             return super()._sequence(entry)
@@ -76,25 +96,60 @@ class SimRunner(NullRunner):
         return msgspec.structs.replace(known, seq_id=entry.seq_id)
 
 
+class TimeRunner(SimRunner):
+    """For experiments with time: one token for all; nothing is read, so nothing can be found wrong."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        return StepResult(step=plan.step, sequences=tuple(_same_token(entry) for entry in plan.sequences))
+
+    def check(self, entry: SequencePlan, tokens: Sequence[int]) -> None:
+        return
+
+
+def _same_token(entry: SequencePlan) -> SequenceResult:
+    if entry.sample is None:
+        return SequenceResult(seq_id=entry.seq_id)
+    drawn = tuple(ChoiceTokens(choice=c, tokens=_TOKEN) for c in entry.sample.choices)
+    return SequenceResult(seq_id=entry.seq_id, choices=drawn)
+
+
+_TOKEN = (SampledToken(token_id=5),)
+
+
+class WrongKvError(Exception):
+    """A sequence stood on pages that hold something else than its tokens: a bug, whatever comes of it."""
+
+
 class DeviceLostError(Exception):
     """A request took the device down, and the process with it."""
+
+
+TokensOf = Callable[[int], Sequence[int]]
+"""All tokens of a planned sequence."""
 
 
 class SimExecutor(InProcExecutor):
     """Runs a step at once and says how long it would have taken."""
 
-    def __init__(self, runner: NullRunner, step_time: StepCost) -> None:
+    def __init__(self, runner: SimRunner, step_time: StepCost, tokens_of: TokensOf) -> None:
         super().__init__(runner)
+        self._runner: SimRunner = runner
         self._step_time = step_time
+        self._tokens_of = tokens_of
         self.slowdown = 1.0
         self.last_step_ms = 0.0
 
     def execute(self, plan: StepPlan) -> StepResult:
+        if not plan.sequences:
+            return super().execute(plan)  # copies between steps
         if any(entry.start == 0 and entry.tokens[0] == POISON for entry in plan.sequences):
             raise DeviceLostError
         if len({entry.seq_id for entry in plan.sequences}) != len(plan.sequences):
             raise InternalError("a sequence is in one plan twice")
         result = super().execute(plan)
+        # Afterwards, since copies belong to the step; rows never write what a row before them reads.
+        for entry in plan.sequences:
+            self._runner.check(entry, self._tokens_of(entry.seq_id))
         self.last_step_ms = self.slowdown * planned_ms(self._step_time, plan)
         return msgspec.structs.replace(result, elapsed_ms=self.last_step_ms)
 
@@ -120,6 +175,7 @@ class Device:
     core: EngineCore
     memory: PageManager
     executor: SimExecutor
+    kv: list[TokenPages]
     card: ModelCard
     max_reqs: int
 
@@ -134,8 +190,11 @@ def build_device(
     step_time: StepCost = SMOLLM2_ON_TWO_CORES,
     model_id: str = "simulated",
     numerics_class: str = NUMERICS_CLASS,
+    max_model_len: int = MAX_MODEL_LEN,
+    page_bytes: int = 0,
+    exact: bool = True,
 ) -> Device:
-    """A fresh engine core; `num_pages` per KV group."""
+    """A fresh engine core; `num_pages` per KV group. Not `exact`: only its times mean something."""
     config = config or SchedulerConfig()
     layout = KVLayout(groups=groups, dtype="float32")
     memory = PageManager(groups, [num_pages] * len(groups), enable_prefix_caching=True)
@@ -144,10 +203,11 @@ def build_device(
         memory,
         create_order(config.scheduling_policy),
         numerics_class=numerics_class,
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=max_model_len,
         eos_token_ids=(EOS,),
     )
-    executor = SimExecutor(SimRunner(layout, num_pages, draws), step_time)
+    runner = (SimRunner if exact else TimeRunner)(layout, num_pages, draws)
+    executor = SimExecutor(runner, step_time, lambda seq_id: scheduler._planned[seq_id].tokens)
     card = ModelCard(
         model_id=model_id,
         aliases=(),
@@ -156,7 +216,7 @@ def build_device(
         dtype="float32",
         vocab_size=VOCAB_SIZE,
         head_width=VOCAB_SIZE,
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=max_model_len,
         eos_token_ids=(EOS,),
         assets={name: hashlib.sha256(data).hexdigest() for name, data in TEXT_ASSETS.items()},
         kv_layout_digest=layout.digest(),
@@ -164,11 +224,13 @@ def build_device(
         deterministic=True,
         page_size=64,
         num_pages=num_pages * len(groups),
+        page_bytes=page_bytes,
     )
     return Device(
         core=EngineCore(card, scheduler, memory, executor, clock),
         memory=memory,
         executor=executor,
+        kv=runner.memory,
         card=card,
         max_reqs=config.max_num_seqs + config.max_num_queued_reqs,
     )

@@ -13,6 +13,9 @@ from xllm.engine.hub import pulse_of
 from xllm.simulation.device import ASSETS, Device, DeviceLostError
 from xllm.simulation.link import SimStream, connect
 from xllm.simulation.message_loop import SimInbox, SimPort, VirtualEngineLoop
+from xllm.simulation.network import Network
+from xllm.simulation.step_transfers import StepTransfers
+from xllm.simulation.transfers import SimTransfers
 from xllm.wire.messages import (
     PULSE_S,
     Attach,
@@ -30,7 +33,15 @@ class SimEngine:
     outlives its connections; otherwise the process belongs to its first one.
     """
 
-    def __init__(self, name: str, device: Device, latency_s: Callable[[], float], *, server: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        device: Device,
+        latency_s: Callable[[], float],
+        *,
+        server: bool,
+        network: Network | None = None,
+    ) -> None:
         self.name = name
         self.device = device
         self.alive = True
@@ -49,8 +60,15 @@ class SimEngine:
         self._may_compute.set()
         self._tasks: list[asyncio.Task[None]] = []
         self._main: asyncio.Task[None] | None = None
+        self._transfers = None if network is None else self._data_plane(network)
+        if self._transfers is not None:
+            device.core.join(self._transfers)
         if server:
             self._begin(None)
+
+    @property
+    def endpoint(self) -> str:
+        return f"sim:{self.name}"
 
     def connect(self) -> SimStream:
         """A new connection of a front."""
@@ -119,7 +137,8 @@ class SimEngine:
 
     async def _run(self, parent: SimPort | None) -> None:
         device = self.device
-        ready = Ready(card=device.card, pid=0, max_reqs=device.max_reqs)
+        endpoints = () if self._transfers is None else self._transfers.endpoints
+        ready = Ready(card=device.card, pid=0, max_reqs=device.max_reqs, endpoints=endpoints)
         try:
             if parent is not None:
                 parent.send(ready)
@@ -133,8 +152,26 @@ class SimEngine:
         finally:
             self._die()
 
+    def _data_plane(self, network: Network) -> StepTransfers:
+        """As of a process: it stops and dies with it, and goes on while the step thread hangs."""
+        device = self.device
+        transfers = SimTransfers(
+            network,
+            self.endpoint,
+            device.kv,
+            page_bytes=(device.card.page_bytes // len(device.kv),) * len(device.kv),
+            compatible=f"{device.card.numerics_class} {device.card.kv_layout_digest}",
+            tell=lambda event: self._inbox.put((None, event)),
+            may_run=self._may_run.wait,
+            spawn=self._spawn,
+        )
+        return StepTransfers(transfers, may_run=self._may_run.wait, spawn=self._spawn)
+
     async def _take_time(self) -> None:
-        await asyncio.sleep(self.device.executor.last_step_ms / 1000)
+        seconds = self.device.executor.last_step_ms / 1000
+        if self._transfers is not None:
+            self._transfers.step_takes(seconds)
+        await asyncio.sleep(seconds)
         await self._may_compute.wait()
 
     async def _read(self, port: SimPort) -> None:
@@ -171,6 +208,8 @@ class SimEngine:
         if not self.alive:
             return
         self.alive = False
+        if self._transfers is not None:
+            self._transfers.close()
         for port in self._ports:
             port.end_.die()
         for task in self._tasks:

@@ -71,7 +71,7 @@ class VirtualEngineLoop(EngineLoop):
         self._virtual_inbox = inbox
 
     async def run_virtually(self, may_run: asyncio.Event, take_time: Callable[[], Awaitable[None]]) -> None:
-        """`EngineLoop.run`; a step's results leave when `take_time` is over."""
+        """`EngineLoop.run`; a step's results are there, and leave, when `take_time` is over."""
         self._kv.tell(may_wait=False)
         ran = False
         while True:
@@ -80,13 +80,23 @@ class VirtualEngineLoop(EngineLoop):
             await may_run.wait()
             if not self._take_messages(may_wait=False):
                 break
-            ran = self._core.advance()
-            if ran:
-                await take_time()
-                await may_run.wait()
+            self._answer_moves()
+            ran = await self._advance(may_run, take_time)
             if not self._publish(ran):
                 break
         self._finish()
+
+    async def _advance(self, may_run: asyncio.Event, take_time: Callable[[], Awaitable[None]]) -> bool:
+        """`EngineCore.advance`: what a step computes is in its pages at once, and known at its end."""
+        core = self._core
+        plan = core.begin_step()
+        if plan is not None:
+            result = core.execute(plan)
+            await take_time()
+            await may_run.wait()
+            core.end_step(plan, result)
+        core.check_idle()
+        return plan is not None
 
     async def _await_message(self, may_run: asyncio.Event) -> None:
         """Until there is one; on each heartbeat without one the fronts are told that nothing happens."""
@@ -100,5 +110,5 @@ class VirtualEngineLoop(EngineLoop):
             except TimeoutError:
                 await may_run.wait()
                 self._tell_all(self._fronts.values())
-                if self._drain_end_s is not None:
+                if self._drain_end_s is not None or self._core.mover.is_waiting:
                     return

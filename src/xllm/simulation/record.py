@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from xllm.service.failover.decision import MoveCost
+from xllm.service.handover.record import HandoverRecord
 from xllm.service.instances.about import InstanceState
 from xllm.service.router.base import Placement
 from xllm.service.snapshot import FrontSnapshot, NullObserver, RequestRecord
@@ -24,6 +25,8 @@ class Observer(NullObserver):
 
     def __init__(self, log: Callable[..., None], now_s: Callable[[], float]) -> None:
         self.num_ended: Counter[str] = Counter()
+        self.handovers: Counter[tuple[str, str]] = Counter()
+        self.num_switches = 0
         self.gaps_s: list[float] = []
         self.detections: list[Detection] = []
         self._log = log
@@ -43,6 +46,14 @@ class Observer(NullObserver):
         self, request_id: str, source: str, target: str, cause: str, gap_s: float, cost: MoveCost
     ) -> None:
         self._log("moved", request_id, source, target, cause)
+
+    def on_role(self, name: str, old: str, new: str, reason: str, numbers: str) -> None:
+        self._log("role", name, old, new, reason)
+        self.num_switches += 1
+
+    def on_handover(self, record: HandoverRecord) -> None:
+        self._log("handover", record.request_id, record.source, record.target, record.outcome, record.code)
+        self.handovers[record.reason, record.outcome] += 1
 
     def on_resumed(self, request_id: str, instance: str, gap_s: float) -> None:
         self.gaps_s.append(gap_s)

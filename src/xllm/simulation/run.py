@@ -8,16 +8,22 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from xllm import ids
+from xllm.config.instances import ROLES, phases_in_order
+from xllm.errors import XllmError
+from xllm.service.router.base import RouterPolicy
+from xllm.service.router.registry import load_policy
 from xllm.simulation.client import Client, Outcome
 from xllm.simulation.cluster import EngineShape, SimCluster
 from xllm.simulation.device import Draws
-from xllm.simulation.engine import SimEngine
 from xllm.simulation.faults import FaultPlayer
 from xllm.simulation.golden import golden_output
+from xllm.simulation.hand_over import PAGE_BYTES, SimSwitch, elsewhere
+from xllm.simulation.leftovers import held, index_faults, quiet
 from xllm.simulation.loop import StuckError, run_virtual
 from xllm.simulation.oracle import judge
 from xllm.simulation.record import Observer, Record, Timeline
@@ -27,10 +33,6 @@ END_AFTER_S = 400.0
 """Virtual seconds after the schedule's last event within which every request must have ended."""
 HEAD_START_S = 0.5
 """Instances that start at 0 have this long before the first request."""
-SETTLE_S = 2.5
-"""Afterwards, for what is still on its way."""
-QUIET_AFTER_S = 60.0
-"""Virtual seconds after the last request within which every engine must be idle."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,10 @@ class Report:
     virtual_s: float
     error_codes: tuple[str, ...] = ()
     gaps_s: tuple[float, ...] = ()
+    handovers: Counter[tuple[str, str]] = field(default_factory=Counter)
+    num_switches: int = 0
+    num_claimed_rows: int = 0
+    num_link_faults_hit: int = 0
 
 
 class EventLog:
@@ -89,7 +95,7 @@ class _Run:
         self._draws = Draws()
 
     async def run(self) -> Report:
-        schedule = self._schedule
+        schedule, hand_overs = self._schedule, self._schedule.hand_overs
         loop = asyncio.get_running_loop()
         begun_s = loop.time()
         origin_s = begun_s + HEAD_START_S
@@ -101,6 +107,7 @@ class _Run:
             scheduler=schedule.scheduler,
             step_time=schedule.step_time,
             servers=schedule.servers,
+            page_bytes=0 if hand_overs is None else PAGE_BYTES,
         )
         timeline = Timeline()
 
@@ -116,19 +123,33 @@ class _Run:
             latency_s=schedule.latency_s,
             draws=self._draws,
             on_change=on_change,
+            router=_router(schedule),
+            wire=None if hand_overs is None else hand_overs.wire,
         )
+        switches: tuple[SimSwitch, ...] = ()
+        if hand_overs is not None:
+            switches = hand_overs.switches
+            cluster.phases = {
+                f"engine-{i}": phases_in_order(ROLES[role]) for i, role in enumerate(hand_overs.roles)
+            }
         player = FaultPlayer(cluster, timeline, origin_s, log)
         names = [f"engine-{i}" for i in range(len(schedule.starts_s))]
-        clients = [Client(i, r, cluster.front, origin_s) for i, r in enumerate(schedule.requests)]
+        movers = [_mover(cluster, schedule, i, names, log) for i in range(len(schedule.requests))]
+        clients = [
+            Client(i, r, cluster.front, origin_s, mover)
+            for i, (r, mover) in enumerate(zip(schedule.requests, movers, strict=True))
+        ]
         starts = [player.start(n, at - HEAD_START_S) for n, at in zip(names, schedule.starts_s, strict=True)]
         faults = [player.play(f, names[f.instance]) for f in schedule.faults]
-        side = [loop.create_task(w, name="fault") for w in (*starts, *faults)]
+        roles = [_switch(cluster, s, names[s.instance], origin_s, log) for s in switches]
+        side = [loop.create_task(w, name="fault") for w in (*starts, *faults, *roles)]
         readers = [loop.create_task(c.run(), name=f"client {i}") for i, c in enumerate(clients)]
         await asyncio.sleep(schedule.last_event_s)
         await asyncio.wait(readers, timeout=END_AFTER_S)
         failures = [str(t.exception()) for t in readers if t.done() and t.exception() is not None]
+        side += player.tasks
         failures += [repr(t.exception()) for t in side if t.done() and t.exception() is not None]
-        engine_faults = [*await _quiet(cluster), *_index_faults(cluster)]
+        engine_faults = [*await quiet(cluster), *index_faults(cluster)]
         record = Record(
             outcomes=[c.outcome for c in clients],
             front=cluster.front.snapshot(),
@@ -145,7 +166,7 @@ class _Run:
         for task in (*readers, *side):
             task.cancel()
         await cluster.close()
-        wrong += [f"{e.name} after its end: {what}" for e in cluster.processes for what in _held(e)]
+        wrong += [f"{e.name} after its end: {what}" for e in cluster.processes for what in held(e)]
         if self._on_line is not None:
             for line in log.lines or ():
                 self._on_line(line)
@@ -160,53 +181,51 @@ class _Run:
             virtual_s=loop.time() - begun_s,
             error_codes=tuple(code for o in record.outcomes if (code := _code(o)) is not None),
             gaps_s=tuple(observer.gaps_s),
+            handovers=observer.handovers,
+            num_switches=observer.num_switches,
+            num_claimed_rows=sum(e.device.core.mover.counters.claimed_rows for e in cluster.processes),
+            num_link_faults_hit=0 if cluster.network is None else cluster.network.num_faults_hit,
         )
+
+
+def _router(schedule: Schedule) -> RouterPolicy | None:
+    if schedule.hand_overs is None or not schedule.hand_overs.everyone:
+        return None
+    return elsewhere(load_policy(schedule.front.router_policy))
+
+
+async def _switch(
+    cluster: SimCluster, switch: SimSwitch, name: str, origin_s: float, log: Callable[..., None]
+) -> None:
+    """What an operator does; an instance that is not there, or one too many, is refused."""
+    await asyncio.sleep(origin_s + switch.at_s - asyncio.get_running_loop().time())
+    try:
+        standing = cluster.front.set_role(name, switch.role, None, pinned=False)
+        log("role", name, switch.role, standing.epoch)
+    except XllmError as error:
+        log("role", name, switch.role, error.code)
+
+
+def _mover(
+    cluster: SimCluster, schedule: Schedule, index: int, names: list[str], log: Callable[..., None]
+) -> Callable[[Outcome], None]:
+    """What an operator or a balancer does to one request, whenever its client has read so far."""
+    planned = () if schedule.hand_overs is None else schedule.hand_overs.moves
+    moves = [m for m in planned if m.request == index]
+
+    def on_delta(outcome: Outcome) -> None:
+        for move in moves:
+            if move.after == len(outcome.deltas) and outcome.spec is not None:
+                request_id, target = outcome.spec.request_id, names[move.instance]
+                log("move", request_id, target, cluster.front.move(request_id, target))
+
+    return on_delta
 
 
 def _code(outcome: Outcome) -> str | None:
     if outcome.refused is not None:
         return f"refused:{outcome.refused.code}"
     return None if outcome.error is None else outcome.error.code
-
-
-async def _quiet(cluster: SimCluster) -> list[str]:
-    """Wait until no living engine holds a request; what they still held after all that time."""
-    loop = asyncio.get_running_loop()
-    end_s = loop.time() + QUIET_AFTER_S
-    while loop.time() < end_s:
-        if all(not e.device.core.has_requests for e in cluster.processes if e.alive):
-            break
-        await asyncio.sleep(0.25)
-    await asyncio.sleep(SETTLE_S)
-    return [f"{e.name}: {what}" for e in cluster.processes if e.alive for what in _held(e)]
-
-
-def _index_faults(cluster: SimCluster) -> list[str]:
-    """Where the front's picture of pages differs from the pages, now that nothing moves any more."""
-    index = cluster.front.kv_index
-    index.check()
-    alive = {i.name for i in cluster.front.snapshot().instances if i.alive}
-    found = [f"the index still knows pages of {n}" for n in index.instances() if n not in alive]
-    for name in sorted(alive):
-        engine = cluster.engines[name]
-        if engine.alive and index.digests(name) != frozenset(engine.device.core.page_names()):
-            found.append(f"the index does not know the pages of {engine.name}")
-    return found
-
-
-def _held(engine: SimEngine) -> list[str]:
-    """What an engine that should be idle still holds. A crashed one holds nothing any more."""
-    found = [f"failed: {engine.failure!r}"] if engine.failure is not None else []
-    if not engine.alive and not engine.exited_in_order:
-        return found
-    counts = engine.device.memory.counts()
-    if engine.device.core.has_requests:
-        found.append("still has requests")
-    elif counts.owned:
-        found.append(f"{counts.owned} pages are owned by nobody")
-    if counts.free + counts.reusable + counts.owned + counts.in_transfer != counts.total:
-        found.append("pages are not conserved")
-    return found
 
 
 def _may_be_full(schedule: Schedule) -> bool:

@@ -12,18 +12,32 @@ from typing import Literal
 from xllm.config import FrontConfig, SchedulerConfig
 from xllm.cost import StepCost
 from xllm.simulation.device import EOS, FULL, POISON, VOCAB_SIZE, WINDOW
+from xllm.simulation.hand_over import HandOvers, draw_hand_overs
 from xllm.types import KVGroup, RequestClass, SamplingParams
 
 Habit = Literal["read", "slow", "leave", "abort", "stall"]
 """A client reads on, pauses after each delta, goes away, has its request aborted, or stops reading."""
 
-FaultKind = Literal["crash", "stop", "hang", "slow", "cut", "delay", "repeat", "drain", "wall_jump"]
-"""crash: kill -9. stop: SIGSTOP, later SIGCONT. hang: a step that does not end, while the process lives."""
+FaultKind = Literal[
+    "crash", "stop", "hang", "slow", "cut", "delay", "repeat", "drain", "wall_jump",
+    "link_cut", "link_stall", "link_mute", "link_corrupt", "link_slow", "link_repeat", "part",
+    "crash_sender", "crash_receiver", "stop_sender", "stop_receiver",
+]  # fmt: skip
+"""crash: kill -9. stop: SIGSTOP, later SIGCONT. hang: a step that does not end, while the process lives.
+
+link_…: of the next transfer, whoever begins it (`network.LinkFault`; mute = the answers are lost). part:
+nothing passes between the instance and the next one. …_sender, …_receiver: crash or stop of an end of the
+next transfer, while it goes on or just behind it.
+"""
 
 KINDS: tuple[FaultKind, ...] = (
     "crash", "stop", "hang", "slow", "cut", "delay", "repeat", "drain", "wall_jump",
 )  # fmt: skip
 WEIGHTS = (30, 16, 12, 10, 10, 6, 6, 6, 4)
+LINK_KINDS: tuple[FaultKind, ...] = (
+    "link_cut", "link_stall", "link_mute", "link_corrupt", "link_slow", "link_repeat", "part",
+    "crash_sender", "crash_receiver", "stop_sender", "stop_receiver",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +64,8 @@ class SimRequest:
 class Fault:
     """`lasts_s`: until it passes, or until a new process is there; None = for ever (a crash without restart).
 
-    `amount` is the factor of a slow engine, the seconds of a delay or a jump, or how many messages repeat.
+    `amount` is the factor of a slow engine, the seconds of a delay or a jump, how many messages repeat, or
+    the share of a transfer that has been copied before; what exceeds 1 is seconds after its last byte.
     """
 
     at_s: float
@@ -62,7 +77,8 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """`starts_s`: when each instance joins. `servers` outlive their front; others end with it."""
+    """`starts_s`: when each instance joins. `servers` outlive their front; others end with it. Without
+    `hand_overs` no engine exchanges pages."""
 
     seed: int
     servers: bool
@@ -75,6 +91,7 @@ class Schedule:
     front: FrontConfig
     requests: tuple[SimRequest, ...]
     faults: tuple[Fault, ...]
+    hand_overs: HandOvers | None = None
 
     @property
     def last_event_s(self) -> float:
@@ -87,6 +104,28 @@ POLICIES = ("round-robin", "least-load", "cache-aware", "slo-aware")
 
 def make_schedule(seed: int) -> Schedule:
     """The schedule of a seed: every number in it is drawn from that."""
+    schedule = _without_hand_overs(seed)
+    # Their own source, so that what a seed meant before there were hand-overs has not changed.
+    rng = random.Random(f"hand-overs of {seed}")
+    num_instances = len(schedule.starts_s)
+    if num_instances == 1 or rng.random() < 0.4:
+        return schedule
+    faults = (*schedule.faults, *_link_faults(rng, num_instances))
+    hand_overs = draw_hand_overs(rng, num_instances, len(schedule.requests))
+    return replace(
+        schedule,
+        hand_overs=hand_overs,
+        front=replace(
+            schedule.front,
+            transfer_mode=hand_overs.mode,
+            role_control="adaptive" if hand_overs.adaptive else "static",
+            role_period_s=0.5,
+        ),
+        faults=tuple(sorted(faults, key=_order)),
+    )
+
+
+def _without_hand_overs(seed: int) -> Schedule:
     rng = random.Random(seed)
     num_instances = rng.choice((1, 2, 2, 3, 3, 4))
     late = [rng.random() < 0.1 for _ in range(num_instances)]
@@ -188,7 +227,24 @@ def _faults(rng: random.Random, num_instances: int, servers: bool) -> tuple[Faul
         # Two at one instant.
         first, second, *rest = faults
         faults = [first, replace(second, at_s=first.at_s), *rest]
-    return tuple(sorted(faults, key=lambda f: (f.at_s, f.instance, f.kind)))
+    return tuple(sorted(faults, key=_order))
+
+
+def _order(fault: Fault) -> tuple[float, int, str]:
+    return fault.at_s, fault.instance, fault.kind
+
+
+def _link_faults(rng: random.Random, num_instances: int) -> list[Fault]:
+    return [
+        Fault(
+            at_s=round(rng.choice((0.0, rng.uniform(0, 1.0), rng.uniform(0, 5.0))), 4),
+            kind=rng.choice(LINK_KINDS),
+            instance=rng.randrange(num_instances),
+            lasts_s=rng.choice((0.3, 1.5, 3.0, 15.0)),
+            amount=rng.choice((0.0, 0.3, 0.6, 1.0, 1.001, 1.01, 1.1)),
+        )
+        for _ in range(rng.choice((0, 1, 2, 3, 5)))
+    ]
 
 
 def _fault(rng: random.Random, num_instances: int, servers: bool) -> Fault:

@@ -5,9 +5,10 @@ Greedy and deterministic; what it gives back is for a reader, not for a proof of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from xllm.simulation.hand_over import HandOvers
 from xllm.simulation.schedule import Fault, Schedule, SimRequest
 
 
@@ -30,10 +31,13 @@ def shrink(schedule: Schedule, fails: Callable[[Schedule], bool], max_runs: int 
 def _smaller(schedule: Schedule) -> Iterator[Schedule]:
     """Big steps first."""
     requests, faults = schedule.requests, schedule.faults
+    if schedule.hand_overs is not None:
+        yield replace(schedule, hand_overs=None)
+        yield from (replace(schedule, hand_overs=fewer) for fewer in _fewer_moves(schedule.hand_overs))
     if len(requests) > 2:
         half = len(requests) // 2
-        yield replace(schedule, requests=requests[:half])
-        yield replace(schedule, requests=requests[half:])
+        yield _with_requests(schedule, range(half))
+        yield _with_requests(schedule, range(half, len(requests)))
     if len(faults) > 1:
         half = len(faults) // 2
         yield replace(schedule, faults=faults[:half])
@@ -42,15 +46,47 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
         yield replace(schedule, faults=faults[:i] + faults[i + 1 :])
     if len(requests) > 1:
         for i in range(len(requests)):
-            yield replace(schedule, requests=requests[:i] + requests[i + 1 :])
+            yield _with_requests(schedule, [j for j in range(len(requests)) if j != i])
     if len(schedule.starts_s) > 1:
         last = len(schedule.starts_s) - 1
         kept = tuple(f for f in faults if f.instance < last)
-        yield replace(schedule, starts_s=schedule.starts_s[:last], faults=kept)
+        hand_overs = schedule.hand_overs
+        if hand_overs is not None:
+            moves = tuple(m for m in hand_overs.moves if m.instance < last)
+            switches = tuple(s for s in hand_overs.switches if s.instance < last)
+            hand_overs = replace(hand_overs, moves=moves, switches=switches, roles=hand_overs.roles[:last])
+        yield replace(schedule, starts_s=schedule.starts_s[:last], faults=kept, hand_overs=hand_overs)
     for i, request in enumerate(requests):
         plain = _plain(request)
         if plain != request:
             yield replace(schedule, requests=(*requests[:i], plain, *requests[i + 1 :]))
+
+
+def _fewer_moves(hand_overs: HandOvers) -> Iterator[HandOvers]:
+    moves = hand_overs.moves
+    if hand_overs.switches:
+        yield replace(hand_overs, switches=())
+    if hand_overs.roles:
+        yield replace(hand_overs, roles=(), switches=(), adaptive=False)
+    if hand_overs.everyone:
+        yield replace(hand_overs, everyone=False)
+    if len(moves) > 1:
+        yield replace(hand_overs, moves=moves[: len(moves) // 2])
+        yield replace(hand_overs, moves=moves[len(moves) // 2 :])
+    for i in range(len(moves)):
+        yield replace(hand_overs, moves=moves[:i] + moves[i + 1 :])
+
+
+def _with_requests(schedule: Schedule, kept: Sequence[int]) -> Schedule:
+    """Moves speak of requests by their index, so they follow."""
+    requests = tuple(schedule.requests[i] for i in kept)
+    hand_overs = schedule.hand_overs
+    if hand_overs is not None:
+        new_index = {old: new for new, old in enumerate(kept)}
+        moves = (m for m in hand_overs.moves if m.request in new_index)
+        moves_left = tuple(replace(m, request=new_index[m.request]) for m in moves)
+        hand_overs = replace(hand_overs, moves=moves_left)
+    return replace(schedule, requests=requests, hand_overs=hand_overs)
 
 
 def _plain(request: SimRequest) -> SimRequest:
@@ -64,6 +100,12 @@ def describe(schedule: Schedule) -> str:
         f"seed {schedule.seed}: {len(schedule.starts_s)} {kind} from {schedule.starts_s} s, "
         f"{schedule.num_pages} pages, {schedule.scheduler}, {schedule.step_time.coefficients[0]:g} ms a step"
     ]
+    if schedule.hand_overs is not None:
+        lines.append(f"  hand-overs: {schedule.hand_overs.describe()}")
+        lines += [
+            f"  move of request {m.request} to engine-{m.instance} after {m.after} deltas"
+            for m in schedule.hand_overs.moves
+        ]
     lines += [f"  fault {_fault(f)}" for f in schedule.faults]
     lines += [f"  request {i} {_request(r)}" for i, r in enumerate(schedule.requests)]
     return "\n".join(lines)

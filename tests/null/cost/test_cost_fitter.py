@@ -51,6 +51,21 @@ def test_nothing_is_said_before_enough_varied_steps() -> None:
         assert fitter.cost() is None
         fitter.observe(rows, attention_work(0, rows), 0, 0, TRUE.step_ms(rows, attention_work(0, rows), 0, 0))
     assert worst(fitter.cost()) < 0.05
+    assert fitter.half() is None, "the whole is known"
+
+
+def test_steps_of_one_kind_tell_a_half_in_which_a_few_of_the_other_say_nothing() -> None:
+    fitter = CostFitter()
+    for work in works(random.Random(1), 200, prefill=False):
+        fitter.observe(*work, TRUE.step_ms(*work))
+    fitter.observe(1, 1, 0, 0, 5000.0)
+    for work in works(random.Random(2), 31, prefill=False):
+        fitter.observe(*work, TRUE.step_ms(*work))
+    half = fitter.half()
+    assert fitter.cost() is None
+    assert half is not None
+    assert half.coefficients[1:3] == (0.0, 0.0)
+    assert half.decode_ms(8, 4000) == pytest.approx(TRUE.decode_ms(8, 4000), rel=0.05)
 
 
 def test_exact_times_give_the_exact_model() -> None:

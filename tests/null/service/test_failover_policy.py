@@ -186,6 +186,30 @@ def test_migration_is_priced_and_not_taken_while_there_is_no_transport() -> None
     assert "cheaper by 54.0 ms, no_transport" in str(cost)
 
 
+@pytest.mark.parametrize(
+    ("bytes_per_ms", "migrates", "told"),
+    [
+        (1e6, True, "migrate: 11.0 ms (recompute 640 tokens: 65.0 ms)"),
+        (1e4, False, "recompute 640 tokens in 65.0 ms (migrate: 1001.0 ms)"),
+    ],
+)
+def test_the_cheaper_branch_is_taken_and_both_numbers_are_told(
+    bytes_per_ms: float, migrates: bool, told: str
+) -> None:
+    link = TransferCost(latency_ms=1.0, bytes_per_ms=bytes_per_ms)
+    cost = move_cost(640, 0, COST, obstacle="", page_bytes=1_000_000, link=link)
+    assert cost.migrates is migrates
+    assert str(cost) == told
+
+
+@pytest.mark.parametrize(("coefficients", "page_bytes"), [((), 1000), (COST, 0), ((), 0)])
+def test_where_a_number_is_unknown_the_pages_are_taken_along(
+    coefficients: tuple[float, ...], page_bytes: int
+) -> None:
+    assert move_cost(640, 0, coefficients, obstacle="", page_bytes=page_bytes).migrates
+    assert not move_cost(640, 0, coefficients, obstacle="other_class", page_bytes=page_bytes).migrates
+
+
 def test_from_a_dead_instance_nothing_can_be_migrated() -> None:
     cost = move_cost(640, 0, COST, obstacle="source_gone", page_bytes=1_000_000)
     assert cost.migrate_ms is None

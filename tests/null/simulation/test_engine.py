@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from xllm.clock import Clock
 from xllm.config import EngineConfig
+from xllm.engine.plan import StepPlan, StepResult
 from xllm.service.instances.handshake import start_engine
 from xllm.simulation.clock import VirtualClock
 from xllm.simulation.device import Draws, build_device
@@ -100,10 +101,18 @@ def test_a_step_takes_the_time_of_its_cost() -> None:
 
 def test_a_crash_in_a_step_takes_its_tokens_along() -> None:
     async def test(bench: Bench) -> None:
+        executor = bench.engine.device.executor
+        execute, drawn = executor.execute, 0
+
+        def counted(plan: StepPlan) -> StepResult:
+            nonlocal drawn
+            drawn += len(plan.sequences)
+            return execute(plan)
+
+        executor.execute = counted
         await bench.submit()
         await asyncio.sleep(0.0194)
         said = tokens(bench.since(0, Frames))
-        drawn = bench.engine.device.core.snapshot().generation_tokens
         bench.engine.crash()
         await asyncio.sleep(1)
         assert tokens(bench.since(0, Frames)) < drawn

@@ -12,7 +12,7 @@ import pytest
 
 from xllm.simulation.__main__ import reproduce
 from xllm.simulation.run import Report, run_seed
-from xllm.simulation.schedule import KINDS, make_schedule
+from xllm.simulation.schedule import KINDS, LINK_KINDS, make_schedule
 
 NUM_SCHEDULES = 300
 PART = 30
@@ -31,13 +31,26 @@ def assert_something_happened(reports: list[Report]) -> None:
     assert sum(report.num_faults_hit for report in reports) > PART
     assert sum(report.num_losses for report in reports) > PART // 4
     assert sum(report.num_completed for report in reports) > 3 * PART
+    handovers = _handovers(reports)
+    assert handovers["prefill", "done"] > PART // 3
+    assert sum(report.num_claimed_rows for report in reports) > 64 * PART
+
+
+def _handovers(reports: list[Report]) -> Counter[tuple[str, str]]:
+    total: Counter[tuple[str, str]] = Counter()
+    for report in reports:
+        total += report.handovers
+    return total
 
 
 def test_the_schedules_hold_every_kind_of_fault_and_reader() -> None:
     schedules = [make_schedule(seed) for seed in range(NUM_SCHEDULES)]
     kinds = Counter(fault.kind for schedule in schedules for fault in schedule.faults)
     habits = Counter(request.habit for schedule in schedules for request in schedule.requests)
-    assert set(kinds) == set(KINDS)
+    assert set(kinds) == {*KINDS, *LINK_KINDS}
+    assert {s.hand_overs.wire.one_sided for s in schedules if s.hand_overs} == {False, True}
+    assert {bool(s.hand_overs.roles) for s in schedules if s.hand_overs} == {False, True}
+    assert {s.hand_overs.mode for s in schedules if s.hand_overs} == {"push", "pull"}
     assert set(habits) == {"read", "slow", "leave", "abort", "stall"}
     assert {schedule.servers for schedule in schedules} == {False, True}
 

@@ -12,9 +12,9 @@ import msgspec
 
 from xllm.engine.kvtransfer.base import Manifest, Slots
 from xllm.engine.kvtransfer.connection import Connection
-from xllm.engine.kvtransfer.copying import page_digests, scatter
+from xllm.engine.kvtransfer.copying import RunningDigests, page_digests, scatter
 from xllm.engine.kvtransfer.memory import KVMemory
-from xllm.engine.kvtransfer.messages import Data, Finish, Way, Wrote
+from xllm.engine.kvtransfer.messages import Data, Finish, Passed, Way, Wrote
 from xllm.errors import RequestError
 
 MAX_TOKEN = 1 << 31
@@ -51,6 +51,7 @@ class Incoming:
     check_until_s: float = 0.0
     _right: dict[tuple[int, int], int] = field(default_factory=dict)
     """Pages whose content had this digest when it was last looked at."""
+    _running: RunningDigests = field(default_factory=RunningDigests)
 
     def lease(self, slots: Slots, way: Way) -> None:
         """Raises RequestError for slots that cannot be meant."""
@@ -82,15 +83,24 @@ class Incoming:
             self._right.pop((data.group, index), None)
         scatter(self.memory.groups[data.group].pages, slots, data.offset, data.length, payload)
 
+    def passed(self, passed: Passed) -> None:
+        """Go on with the digests of pages of which another layer has come."""
+        slots = self._slots(passed.group, passed.indices)
+        group = self.memory.groups[passed.group]
+        if not 0 <= passed.layer < len(group.spans):
+            raise refused("a layer that does not exist")
+        self._running.add(passed.group, group, passed.indices, slots, passed.layer)
+
     def look(self, wrote: Wrote) -> None:
         """Check pages early. Wrong ones are not held against the sender before the end: it may be at them."""
         slots = self._slots(wrote.group, wrote.indices)
         if len(wrote.digests) != len(slots):
             raise refused("as many digests as pages")
-        found = page_digests(self.memory.groups[wrote.group].pages, slots)
-        for index, said, digest in zip(wrote.indices, wrote.digests, found, strict=True):
-            if said == digest:
-                self._right[wrote.group, index] = digest
+        group = self.memory.groups[wrote.group]
+        for index, slot, said in zip(wrote.indices, slots, wrote.digests, strict=True):
+            right = self._running.take(wrote.group, group, index) == said
+            if right or page_digests(group, (slot,))[0] == said:
+                self._right[wrote.group, index] = said
             else:
                 self._right.pop((wrote.group, index), None)
 
@@ -114,9 +124,7 @@ class Incoming:
         for g, said in enumerate(self.finish.digests):
             open_ = [(index, digest) for index, digest in said if self._right.get((g, index)) != digest]
             slots = [self.slots[g][index] for index, _ in open_]
-            for (index, digest), found in zip(
-                open_, page_digests(self.memory.groups[g].pages, slots), strict=True
-            ):
+            for (index, digest), found in zip(open_, page_digests(self.memory.groups[g], slots), strict=True):
                 if found == digest:
                     self._right[g, index] = digest
                 else:

@@ -24,6 +24,8 @@ from xllm.wire.sockets import tune
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 256
+MAX_OUT_BYTES = 64 << 20
+"""Waiting for one peer to read: a manifest and what `senders` lets wait, with room to spare."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,7 @@ class Links:
         self._by_endpoint: dict[Endpoint, Connection] = {}
         self._masks: dict[Connection, int] = {}
         self._awaiting: set[Connection] = set()
+        self._ticked_s = 0.0
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
@@ -111,6 +114,8 @@ class Links:
 
     def poll(self, timeout_s: float | None) -> None:
         """Wait for and deal with what the sockets have."""
+        if timeout_s is None:
+            self._awaiting.clear()
         for connection in self._connections:
             self._watch(connection)
         for key, mask in self._selector.select(timeout_s):
@@ -128,10 +133,17 @@ class Links:
         for connection in [c for c in self._connections if c.connected and c.wants_write]:
             with self._guarding(connection):
                 connection.flush(now_s)
+            if connection.out_bytes > MAX_OUT_BYTES:
+                # It asks and does not listen; pages never wait here in such numbers.
+                self.drop(connection, lost())
 
     def tick(self, active: Mapping[Connection, Iterable[str]], now_s: float) -> None:
         """`active`: connections with transfers under way, and what we send over each."""
         limits = self._limits
+        if now_s - self._ticked_s > limits.silent_s:
+            # Nothing was under way, or it was this thread that did not run: nobody else was silent.
+            self._awaiting.clear()
+        self._ticked_s = now_s
         for connection in list(self._connections):
             if not connection.ready:
                 allowed_s = limits.connect_s if connection.connecting else HANDSHAKE_S

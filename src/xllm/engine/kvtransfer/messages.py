@@ -85,6 +85,15 @@ class Data(msgspec.Struct, frozen=True, kw_only=True, tag="data"):
     length: int
 
 
+class Passed(msgspec.Struct, frozen=True, kw_only=True, tag="passed"):
+    """Sender → receiver: this layer (of the group's) of these pages is written; its digest may be begun."""
+
+    transfer_id: str
+    group: int
+    indices: tuple[int, ...]
+    layer: int
+
+
 class Wrote(msgspec.Struct, frozen=True, kw_only=True, tag="wrote"):
     """Sender → receiver: these pages are whole as far as I know; checking need not wait for the end."""
 
@@ -133,7 +142,7 @@ class Pong(msgspec.Struct, frozen=True, kw_only=True, tag="pong"):
     """Answer to a Ping, at once."""
 
 
-Message = Offer | Accept | Refuse | Ask | Data | Wrote | Finish | Done | Cancel | Ack | Ping | Pong
+Message = Offer | Accept | Refuse | Ask | Data | Passed | Wrote | Finish | Done | Cancel | Ack | Ping | Pong
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

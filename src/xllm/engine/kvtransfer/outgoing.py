@@ -16,9 +16,9 @@ import msgspec
 
 from xllm.engine.kvtransfer.base import Manifest, Pushed
 from xllm.engine.kvtransfer.connection import Connection
-from xllm.engine.kvtransfer.copying import page_digests
+from xllm.engine.kvtransfer.copying import RunningDigests, page_digests
 from xllm.engine.kvtransfer.memory import KVMemory
-from xllm.engine.kvtransfer.messages import Accept, Finish, Message, Wrote
+from xllm.engine.kvtransfer.messages import Accept, Finish, Message, Passed, Wrote
 from xllm.errors import InternalError, XllmError
 
 PIECE_BYTES = 1 << 20
@@ -50,12 +50,23 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seal:
-    """All parts of these pages have been copied: take their digests and tell them."""
+class _Layer:
+    """A layer of these pages has been copied: go on with their digests, and let the receiver do so."""
 
     group: int
     indices: tuple[int, ...]
     pages: tuple[int, ...]
+    layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Seal:
+    """All parts of these pages have been copied: tell their digests. `by_layer`: they have been taken."""
+
+    group: int
+    indices: tuple[int, ...]
+    pages: tuple[int, ...]
+    by_layer: bool = False
 
 
 @dataclass(slots=True)
@@ -111,9 +122,10 @@ class Outgoing:
     failure: XllmError | None = None
     on_quiet: Callable[[], None] | None = None
     """What is due when nothing is in flight any more."""
-    _jobs: deque[Part | _Seal | Finish] = field(default_factory=deque)
+    _jobs: deque[Part | _Layer | _Seal | Finish] = field(default_factory=deque)
     _layered: list[_Layered] = field(default_factory=list)
     _digests: dict[tuple[int, int], int] = field(default_factory=dict)
+    _running: RunningDigests = field(default_factory=RunningDigests)
 
     # -- from the step thread's calls ----------------------------------------------------------------
 
@@ -139,10 +151,9 @@ class Outgoing:
                     self.backlog.num_copied -= len(pages) * entry.num_layers[g] / len(group.layers)
                 if not copied:
                     self._copy(g, indices, pages, 0, group.page_bytes)
-                for spans in group.spans[copied:] if copied else ():
-                    for offset, length in spans:
-                        self._copy(g, indices, pages, offset, length)
-                self._seal(g, indices, pages)
+                for layer in range(copied, len(group.spans)) if copied else ():
+                    self._copy_layer(g, indices, pages, layer)
+                self._seal(g, indices, pages, by_layer=bool(copied))
 
     def layers_done(self, finished: int) -> None:
         """The running step has finished so many of the model's layers."""
@@ -154,8 +165,7 @@ class Outgoing:
                 while (
                     entry.num_layers[g] < len(group.layers) and group.layers[entry.num_layers[g]] < finished
                 ):
-                    for offset, length in group.spans[entry.num_layers[g]]:
-                        self._copy(g, pushed.indices[g], pushed.pages[g], offset, length)
+                    self._copy_layer(g, pushed.indices[g], pushed.pages[g], entry.num_layers[g])
                     entry.num_layers[g] += 1
 
     def finish(self, manifest: Manifest, at_s: float) -> None:
@@ -189,14 +199,27 @@ class Outgoing:
             self.num_bytes += job.num_bytes
             self.backlog.num_copied += job.num_bytes / self.memory.groups[job.group].page_bytes
             return job.num_bytes
+        if isinstance(job, _Layer):
+            group = self.memory.groups[job.group]
+            self._running.add(job.group, group, job.indices, job.pages, job.layer)
+            say(Passed(transfer_id=self.transfer_id, group=job.group, indices=job.indices, layer=job.layer))
+            return 0
         if isinstance(job, _Seal):
-            digests = page_digests(self.memory.groups[job.group].pages, job.pages)
+            digests = self._sealed(job)
             self._digests.update(zip(((job.group, i) for i in job.indices), digests, strict=True))
             say(Wrote(transfer_id=self.transfer_id, group=job.group, indices=job.indices, digests=digests))
             return len(job.pages) * self.memory.groups[job.group].page_bytes
         say(msgspec.structs.replace(job, digests=self._all_digests(), num_bytes=self.num_bytes))
         self.step = Step.FINISHED
         return 0
+
+    def _sealed(self, job: _Seal) -> tuple[int, ...]:
+        group = self.memory.groups[job.group]
+        found = [self._running.take(job.group, group, i) if job.by_layer else None for i in job.indices]
+        return tuple(
+            page_digests(group, (page,))[0] if digest is None else digest
+            for page, digest in zip(job.pages, found, strict=True)
+        )
 
     def _all_digests(self) -> tuple[tuple[tuple[int, int], ...], ...]:
         by_group: list[list[tuple[int, int]]] = [[] for _ in self.memory.groups]
@@ -220,10 +243,15 @@ class Outgoing:
             for part in range(0, length, PIECE_BYTES):
                 self._jobs.append(Part(g, *some, offset + part, min(PIECE_BYTES, length - part)))
 
-    def _seal(self, g: int, indices: Sequence[int], pages: Sequence[int]) -> None:
+    def _copy_layer(self, g: int, indices: Sequence[int], pages: Sequence[int], layer: int) -> None:
+        for offset, length in self.memory.groups[g].spans[layer]:
+            self._copy(g, indices, pages, offset, length)
+        self._jobs.append(_Layer(g, tuple(indices), tuple(pages), layer))
+
+    def _seal(self, g: int, indices: Sequence[int], pages: Sequence[int], by_layer: bool = False) -> None:
         for at in range(0, len(indices), _DIGESTS_AT_ONCE):
             end = at + _DIGESTS_AT_ONCE
-            self._jobs.append(_Seal(g, tuple(indices[at:end]), tuple(pages[at:end])))
+            self._jobs.append(_Seal(g, tuple(indices[at:end]), tuple(pages[at:end]), by_layer))
 
     def _check(self, pushed: Pushed) -> None:
         groups = self.memory.groups

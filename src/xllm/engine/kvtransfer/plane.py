@@ -31,6 +31,7 @@ from xllm.engine.kvtransfer.messages import (
     Done,
     Finish,
     Offer,
+    Passed,
     Ping,
     Pong,
     Refuse,
@@ -285,6 +286,8 @@ class DataPlane:
                 connection.send(Pong())
             case Data():
                 receivers.data(connection, arrival, message)
+            case Passed():
+                receivers.passed(connection, message)
             case Wrote():
                 receivers.wrote(connection, message)
             case Offer():

@@ -15,7 +15,18 @@ from xllm.engine.kvtransfer.base import Arrived, Asked, Offered, Slots
 from xllm.engine.kvtransfer.connection import Arrival, Connection
 from xllm.engine.kvtransfer.incoming import Incoming, Phase, refused
 from xllm.engine.kvtransfer.links import Links
-from xllm.engine.kvtransfer.messages import Accept, Ask, Cancel, Data, Done, Finish, Offer, Refuse, Wrote
+from xllm.engine.kvtransfer.messages import (
+    Accept,
+    Ask,
+    Cancel,
+    Data,
+    Done,
+    Finish,
+    Offer,
+    Passed,
+    Refuse,
+    Wrote,
+)
 from xllm.engine.kvtransfer.sharing import Shared, cancelled, corrupt, no_answer, not_reached
 from xllm.errors import ConfigError, RequestError, UnavailableError, XllmError
 
@@ -146,6 +157,9 @@ class Receivers:
             self._fail(entry, corrupt())
             return
         entry.take(data, arrival.payload)
+
+    def passed(self, connection: Connection, passed: Passed) -> None:
+        self._leased(connection, passed.transfer_id).passed(passed)
 
     def wrote(self, connection: Connection, wrote: Wrote) -> None:
         self._leased(connection, wrote.transfer_id).look(wrote)

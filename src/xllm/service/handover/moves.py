@@ -278,10 +278,15 @@ class Moves:
                 mode=move.mode,
                 outcome=outcome,
                 code=code,
-                num_bytes=0 if message is None else max(0, message.num_bytes),
-                transfer_ms=0.0 if message is None else max(0.0, message.transfer_ms),
-                exposed_ms=0.0 if message is None else max(0.0, message.exposed_ms),
+                num_bytes=0 if message is None else int(_sane(message.num_bytes)),
+                transfer_ms=0.0 if message is None else _sane(message.transfer_ms),
+                exposed_ms=0.0 if message is None else _sane(message.exposed_ms),
                 predicted_ms=move.predicted_ms,
                 wait_s=self._clock.monotonic_s() - move.begun_s,
             )
         )
+
+
+def _sane(told: float) -> float:
+    """What an engine says of its transfer is summed up for good: nothing negative, endless or absurd."""
+    return told if 0 <= told < 1e15 else 0.0

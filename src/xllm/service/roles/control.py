@@ -7,14 +7,13 @@ No clock, no I/O; what must be remembered between two looks is a value of the ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from xllm.service.roles.board import Phases, keeps_floors
 from xllm.service.roles.monitor import Demand
-from xllm.service.roles.outlook import Outlook, Split, Work, outlook, work_of
+from xllm.service.roles.outlook import Outlook, Work, outlook, work_of
+from xllm.service.roles.splits import RoleView, Switch, best_split, num_tokens, split_of, steps_towards, told
 from xllm.service.router.base import InstanceView
-from xllm.service.router.decode import running_tokens
 from xllm.types import DECODE, MIXED, PREFILL, Phase
 
 CONFIRM = 2
@@ -24,7 +23,6 @@ MIN_GAIN = 0.15
 BUSY = 0.5
 MEMORY_S = 60.0
 IDLE_S = 2.0
-_TIE = 0.05
 _SMOOTH = 0.3
 _MAX_BIAS = 8.0
 
@@ -36,32 +34,6 @@ class RoleLimits:
     ttft_ms: float
     tpot_ms: float
     cooldown_s: float = 5.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoleView:
-    """One instance that takes requests. `tpot_ms` is what was seen lately, None = it hardly spoke.
-
-    `is_first_role`: it has the role that it came with; nothing has to cool down then.
-    """
-
-    load: InstanceView
-    epoch: int = 0
-    pinned: bool = False
-    since_s: float = 0.0
-    is_first_role: bool = True
-    tpot_ms: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Switch:
-    """`epoch` is the one that was decided upon; the board refuses it if the role has changed since."""
-
-    instance: str
-    phases: Phases
-    epoch: int
-    reason: str
-    numbers: str
 
 
 @dataclass(slots=True)
@@ -92,7 +64,7 @@ def tick(
     if lacking is not None:
         return _repaired(views, lacking)
     work = _smoothed(_calibrated(views, work_of([v.load for v in views], demand)), state)
-    now = _split(views)
+    now = split_of(views)
     present = _as_seen(views, outlook(now, work, limits.ttft_ms, limits.tpot_ms), limits)
     danger = _danger(views, present, state, now_s)
     state.num_seen = state.num_seen + 1 if danger else 0
@@ -106,15 +78,15 @@ def tick(
         and (v.is_first_role or now_s - v.since_s >= limits.cooldown_s)
         and state.may_switch(v.load.name, now_s, limits.cooldown_s)
     ]
-    target, reached = _target(views, work, limits, now)
+    target, reached = best_split(views, work, limits.ttft_ms, limits.tpot_ms, now)
     if target == now or reached.worst > (1.0 - MIN_GAIN) * present.worst:
         return ()
     numbers = (
         f"ttft={present.ttft:.2f}->{reached.ttft:.2f},tpot={present.tpot:.2f}->{reached.tpot:.2f},"
-        f"kv={present.kv:.2f}->{reached.kv:.2f},split={_told(now)}->{_told(target)},"
+        f"kv={present.kv:.2f}->{reached.kv:.2f},split={told(now)}->{told(target)},"
         f"backlog_ms={work.backlog_ms:.0f},decoding={work.num_decoding:.0f}"
     )
-    switches = _steps(views, free, now, target, danger, numbers)
+    switches = steps_towards(views, free, now, target, danger, numbers)
     for switch in switches:
         state.switched_s[switch.instance].append(now_s)
     return switches
@@ -125,7 +97,7 @@ def _repaired(views: Sequence[RoleView], phase: Phase) -> tuple[Switch, ...]:
     free = [v for v in views if not v.pinned]
     if not free:
         return ()
-    chosen = min(free, key=lambda v: (_num_tokens(v.load), v.load.name))
+    chosen = min(free, key=lambda v: (num_tokens(v.load), v.load.name))
     return (
         Switch(
             instance=chosen.load.name,
@@ -186,105 +158,3 @@ def _as_seen(views: Sequence[RoleView], present: Outlook, limits: RoleLimits) ->
         return present
     mean_ms = sum(n * tpot_ms for n, tpot_ms in seen) / num
     return replace(present, tpot=max(present.tpot, mean_ms / limits.tpot_ms))
-
-
-def _split(views: Sequence[RoleView]) -> Split:
-    roles = [v.load.phases for v in views]
-    num_prefill, num_decode = roles.count(PREFILL), roles.count(DECODE)
-    return Split(num_prefill, len(roles) - num_prefill - num_decode, num_decode)
-
-
-def _target(views: Sequence[RoleView], work: Work, limits: RoleLimits, now: Split) -> tuple[Split, Outlook]:
-    """The split with the smallest worst share; of equally good ones the nearest, then the most mixed."""
-    roles = [v.load.phases for v in views]
-    fixed = _split([v for v in views if v.pinned])
-    found = [
-        (outlook(split, work, limits.ttft_ms, limits.tpot_ms), split)
-        for split in _splits(len(views))
-        if split.num_prefill >= fixed.num_prefill
-        and split.num_mixed >= fixed.num_mixed
-        and split.num_decode >= fixed.num_decode
-        and keeps_floors(roles, _roles(split))
-    ]
-    least = min(reached.worst for reached, _ in found)
-    near = [(reached, split) for reached, split in found if reached.worst <= least * (1.0 + _TIE)]
-    reached, split = min(near, key=lambda x: (_distance(now, x[1]), -x[1].num_mixed, x[0].worst, x[1]))
-    return split, reached
-
-
-def _splits(num: int) -> Iterator[Split]:
-    for num_prefill in range(num):
-        for num_decode in range(num - num_prefill + 1):
-            split = Split(num_prefill, num - num_prefill - num_decode, num_decode)
-            if split.num_mixed or (num_prefill and num_decode):
-                yield split
-
-
-def _roles(split: Split) -> list[Phases]:
-    return [PREFILL] * split.num_prefill + [MIXED] * split.num_mixed + [DECODE] * split.num_decode
-
-
-def _distance(a: Split, b: Split) -> int:
-    return sum(
-        abs(x - y)
-        for x, y in (
-            (a.num_prefill, b.num_prefill),
-            (a.num_mixed, b.num_mixed),
-            (a.num_decode, b.num_decode),
-        )
-    )
-
-
-def _steps(
-    views: Sequence[RoleView],
-    free: Sequence[RoleView],
-    now: Split,
-    target: Split,
-    danger: str,
-    numbers: str,
-) -> tuple[Switch, ...]:
-    """One step in each direction, the urgent one first."""
-    more_prefill = ((DECODE, PREFILL), (DECODE, MIXED), (MIXED, PREFILL))
-    more_decode = ((PREFILL, DECODE), (PREFILL, MIXED), (MIXED, DECODE))
-    directions = (more_prefill, more_decode) if danger == "ttft" else (more_decode, more_prefill)
-    roles = {v.load.name: v.load.phases for v in views}
-    missing = {
-        PREFILL: target.num_prefill - now.num_prefill,
-        MIXED: target.num_mixed - now.num_mixed,
-        DECODE: target.num_decode - now.num_decode,
-    }
-    switches = []
-    for direction in directions:
-        for source, sink in direction:
-            chosen = _choose(free, roles, source) if missing[source] < 0 < missing[sink] else None
-            after = {**roles, chosen.load.name: sink} if chosen is not None else roles
-            if chosen is None or not keeps_floors(tuple(roles.values()), tuple(after.values())):
-                continue
-            roles = after
-            missing[source] += 1
-            missing[sink] -= 1
-            switches.append(
-                Switch(
-                    instance=chosen.load.name,
-                    phases=sink,
-                    epoch=chosen.epoch,
-                    reason=danger,
-                    numbers=numbers,
-                )
-            )
-            break
-    return tuple(switches)
-
-
-def _choose(free: Sequence[RoleView], roles: dict[str, Phases], source: Phases) -> RoleView | None:
-    """Who has least to work off of what it loses; one that still has work of its former role comes first."""
-    able = [v for v in free if roles[v.load.name] == source == v.load.phases]
-    return min(able, key=lambda v: (not v.load.old_phases, _num_tokens(v.load), v.load.name), default=None)
-
-
-def _num_tokens(load: InstanceView) -> int:
-    return running_tokens(load) + max(load.backlog_tokens, load.engine.backlog_tokens)
-
-
-def _told(split: Split) -> str:
-    return f"{split.num_prefill}p{split.num_mixed}m{split.num_decode}d"

@@ -19,8 +19,9 @@ from xllm.service.catalogue import Catalogue
 from xllm.service.instances.instance import Instance
 from xllm.service.placer import Choice, Placer
 from xllm.service.roles.board import Phases, RoleBoard, Standing, keeps_floors
-from xllm.service.roles.control import ControlState, RoleLimits, RoleView, Switch, tick
+from xllm.service.roles.control import ControlState, RoleLimits, tick
 from xllm.service.roles.monitor import LoadMonitor
+from xllm.service.roles.splits import RoleView, Switch
 from xllm.service.snapshot import FrontObserver
 from xllm.types import MIXED, Phase, RequestSpec
 
@@ -90,9 +91,11 @@ class RoleKeeper:
         if choice.placement.ttft_ms is not None:
             self._predicted[spec.request_id] = choice.placement.ttft_ms
 
-    def spoke(self, instance: Instance, request_id: str, gap_ms: float, *, first: bool) -> None:
-        """A request there got output: its first, or further after `gap_ms`."""
+    def spoke(self, instance: Instance, request_id: str, gap_ms: float | None, *, first: bool) -> None:
+        """A request there got output: its first, or further after `gap_ms` (None = that says nothing)."""
         self._board.proven(instance.name, "prefill" if first else "decode")
+        if gap_ms is None:
+            return
         if not first:
             self.monitor.spoke(instance.name, gap_ms)
             return
@@ -234,7 +237,12 @@ class RoleKeeper:
         return keeps_floors(before, after)
 
     def _run_control(self, now_s: float) -> None:
-        models = {i.card.model_id for i in self._catalogue.instances() if i.routable}
+        """Of models whose group is there: while engines are still starting nothing is lost that must be made
+        up for. And of those whose instances can hand over, as roles mean nothing to others."""
+        self.lacking()
+        here = [i for i in self._catalogue.instances() if i.routable]
+        alone = {i.card.model_id for i in here if not i.about.endpoints}
+        models = self._complete & {i.card.model_id for i in here} - alone
         for gone in self._control.keys() - models:
             del self._control[gone]
         for model_id in sorted(models):

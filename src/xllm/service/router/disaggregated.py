@@ -48,7 +48,7 @@ def _with_costs(snapshot: RouterSnapshot) -> RouterSnapshot:
     """One that never decodes, or never computes a prompt, cannot tell what a step takes: it is told what is
     usual among all, since a policy sees only its pool."""
     if all(view.engine.cost for view in snapshot.instances) or not any(
-        view.engine.cost for view in snapshot.instances
+        view.engine.cost or view.engine.half_cost for view in snapshot.instances
     ):
         return snapshot
     usual = usual_cost(snapshot).coefficients

@@ -78,10 +78,10 @@ _known = lru_cache(maxsize=1024)(StepCost.known)
 def prospects_of(request: RequestView, snapshot: RouterSnapshot) -> list[Prospect]:
     """One per instance with room, in the snapshot's order."""
     costs = [_known(view.engine.cost) for view in snapshot.instances]
-    known = [cost for cost in costs if cost is not None]
-    usual = _mean(known) if known else NOMINAL
+    is_fitted = any(cost is not None for cost in costs)
+    usual = usual_cost(snapshot)
     return [
-        _prospect(request, view, _believed(view, cost, usual), bool(known))
+        _prospect(request, view, _believed(view, cost, usual), is_fitted)
         for view, cost in zip(snapshot.instances, costs, strict=True)
         if view.has_room
     ]
@@ -90,7 +90,21 @@ def prospects_of(request: RequestView, snapshot: RouterSnapshot) -> list[Prospec
 def usual_cost(snapshot: RouterSnapshot) -> StepCost:
     """What a step takes on an instance that has not told its own cost: one that never decodes learns none."""
     known = [cost for cost in (_known(view.engine.cost) for view in snapshot.instances) if cost is not None]
-    return _mean(known) if known else NOMINAL
+    return _mean(known) if known else _joined(snapshot)
+
+
+def _joined(snapshot: RouterSnapshot) -> StepCost:
+    """Out of halves: where some only compute prompts and the others only decode, nobody knows a whole."""
+    told = (_known(view.engine.half_cost) for view in snapshot.instances)
+    halves = [half.coefficients for half in told if half is not None]
+    prompts, draws = [h for h in halves if h[1] > 0], [h for h in halves if h[3] > 0]
+    if not prompts or not draws:
+        return NOMINAL
+    columns = [*zip(*prompts, strict=True)][:3] + [*zip(*draws, strict=True)][3:]
+    means = [sum(column) / len(column) for column in columns]
+    # The constant stands in either half; steps of one sequence tell it best.
+    means[0] = sum(h[0] for h in draws) / len(draws)
+    return StepCost(tuple(means))
 
 
 def _mean(costs: list[StepCost]) -> StepCost:

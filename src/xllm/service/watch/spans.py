@@ -12,6 +12,7 @@ from xllm.clock import Clock
 from xllm.observability.tracing import Span, SpanContext, Tracer, Value, parse_traceparent
 from xllm.service.draft import RequestDraft
 from xllm.service.failover.decision import MoveCost
+from xllm.service.handover.record import HandoverRecord
 from xllm.service.router.base import Placement
 from xllm.service.snapshot import NullObserver, RequestRecord
 from xllm.service.stream import Delta
@@ -97,6 +98,10 @@ class RequestSpans(NullObserver):
     ) -> None:
         if (request := self._open.get(request_id)) is not None:
             request.moving = (source, target, cause)
+
+    def on_handover(self, record: HandoverRecord) -> None:
+        if record.outcome == "done" and (request := self._open.get(record.request_id)) is not None:
+            request.moving = (record.source, record.target, f"handover_{record.reason}")
 
     def on_ended(self, record: RequestRecord) -> None:
         request = self._open.pop(record.request_id, None)

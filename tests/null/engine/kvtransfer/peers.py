@@ -105,6 +105,7 @@ def make_peer(
     key: bytes = KEY,
     limits: TransferLimits | None = None,
     layout: KVLayout = LAYOUT,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Peer:
     shared = anonymous_pages("test") if in_file else None
     pages = []
@@ -118,7 +119,7 @@ def make_peer(
     events: queue.SimpleQueue[TransferEvent] = queue.SimpleQueue()
     word = Word()
     identity = Identity(role=INSTANCE, key=ClusterKey(key))
-    plane = DataPlane(memory, kind, identity, events.put, watch=word, ways=ways, limits=limits)
+    plane = DataPlane(memory, kind, identity, events.put, watch=word, ways=ways, limits=limits, clock=clock)
     plane.start()
     return Peer(memory, plane, word, events)
 

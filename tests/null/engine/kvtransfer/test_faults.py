@@ -4,6 +4,7 @@ has been written to. Each test first shows that its fault happened."""
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -40,6 +41,7 @@ from xllm.engine.kvtransfer.messages import (
     Finish,
     Message,
     Offer,
+    Passed,
     Wrote,
     checksum,
     encode,
@@ -51,7 +53,7 @@ from xllm.types import KVGroup, KVLayout
 from xllm.wire.hello import INSTANCE, Handshake, Identity
 from xllm.wire.proof import ClusterKey
 
-QUICK = TransferLimits(silent_s=0.3, ping_s=0.05, connect_s=0.5, answer_s=0.6, lease_s=0.4)
+QUICK = TransferLimits(silent_s=0.8, ping_s=0.1, answer_s=10.0)
 
 
 @pytest.fixture
@@ -269,6 +271,15 @@ def test_a_route_that_swallows_everything_is_noticed_by_both(
     assert untouched(receiver)
 
 
+def test_an_idle_hour_between_two_transfers_is_not_silence(make: Callable[..., Peer]) -> None:
+    hours = [0.0]
+    sender, receiver = make(clock=lambda: time.perf_counter() + hours[0]), make()
+    _still_works(sender, receiver)
+    hours[0] = 3600.0
+    _still_works(sender, receiver, "later")
+    assert sender.told(Failed) == []
+
+
 # -- cancel, and who may still write ---------------------------------------------------------------
 
 
@@ -332,7 +343,7 @@ def test_shared_pages_stay_leased_until_the_sender_has_stopped(
 
 
 def test_a_lease_that_its_sender_forgets_expires(make: Callable[..., Peer]) -> None:
-    receiver = make(limits=QUICK)
+    receiver = make(limits=replace(QUICK, lease_s=0.4, silent_s=10.0))
     hand = Hand(receiver)
     hand.say(_offer())
     receiver.wait(Offered)
@@ -456,12 +467,18 @@ def _data(**other: object) -> Data:
         _data(length=-4),
         _data(offset=1 << 40),
         _data(transfer_id="u"),
+        Passed(transfer_id="t", group=0, indices=(1,), layer=2),
+        Passed(transfer_id="t", group=0, indices=(1,), layer=-1),
+        Passed(transfer_id="t", group=0, indices=(4,), layer=0),
+        Passed(transfer_id="t", group=9, indices=(0,), layer=0),
+        Wrote(transfer_id="t", group=0, indices=(0, 4), digests=(1, 2)),
+        Wrote(transfer_id="t", group=0, indices=(0,), digests=()),
     ],
     ids=str,
 )
-def test_data_beyond_the_lease_is_refused(leased: tuple[Peer, Hand], lie: Data) -> None:
+def test_data_beyond_the_lease_is_refused(leased: tuple[Peer, Hand], lie: Message) -> None:
     receiver, hand = leased
-    hand.say(lie, b"\xff" * 4)
+    hand.say(lie, b"\xff" * 4 if isinstance(lie, Data) else b"")
     wait_until(lambda: receiver.plane.counters.refused_messages == 1, "it is refused")
     assert not any(group.pages.any() for group in receiver.memory.groups)
 
@@ -508,7 +525,11 @@ def test_repeated_and_reordered_data_do_no_harm_and_late_ones_are_refused(leased
     parts = [(_data(offset=at, length=4096), content[at : at + 4096]) for at in range(0, 16384, 4096)]
     for i in (2, 0, 0, 3, 1, 2):
         hand.say(*parts[i])
-    from_sender = checksum(content)
+    group = receiver.memory.groups[0]
+    in_order = (content[at : at + n] for spans in group.spans for at, n in spans)
+    from_sender = checksum(b"".join(in_order))
+    for layer in (1, 0, 0):  # and layers that are told of out of order, and twice
+        hand.say(Passed(transfer_id="t", group=0, indices=(1,), layer=layer))
     hand.say(Wrote(transfer_id="t", group=0, indices=(1,), digests=(from_sender,)))
     hand.say(_offer())  # again
     hand.say(_finish(digests=(((1, from_sender),), ())))

@@ -264,6 +264,32 @@ async def test_words_about_moves_that_nobody_ordered_change_nothing(house: House
     assert house.front.snapshot().num_moves == {}
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -5.0])
+async def test_numbers_that_make_no_sense_are_not_counted(house: House, number: float) -> None:
+    pair = await make_pair(house, script=say(SCRIPT))
+    pair.p.hands_over = False
+    stream = await pair.started(1)
+    (move,) = await pair.p.saw(Move)
+    assert isinstance(move, Move)
+    pair.p._requests[stream.request_id].holds = True
+    pair.p.tell(
+        Moved(
+            request_id=stream.request_id,
+            attempt=0,
+            transfer_id=move.transfer_id,
+            num_bytes=-1,
+            transfer_ms=number,
+            exposed_ms=number,
+        )
+    )
+    await pair.d.saw(Submit)
+    (record,) = pair.watcher.records
+    assert (record.num_bytes, record.transfer_ms, record.exposed_ms) == (0, 0.0, 0.0)
+    assert record.hidden_share is None
+    await finish(pair.d, streams=(stream,))
+    assert tokens_of(await collect(stream)) == WHOLE
+
+
 # -- somebody dies -------------------------------------------------------------------------------------------
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from xllm.config import FrontConfig
 from xllm.cost import StepCost
 from xllm.service.roles.board import Phases, RoleBoard
-from xllm.service.roles.control import ControlState, RoleLimits, RoleView, tick
+from xllm.service.roles.control import ControlState, RoleLimits, tick
 from xllm.service.roles.monitor import LoadMonitor
+from xllm.service.roles.splits import RoleView
 from xllm.service.router.base import InstanceView, RequestView, RouterSnapshot
 from xllm.service.router.disaggregated import place
 from xllm.service.router.registry import load_policy

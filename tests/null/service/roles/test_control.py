@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from tests.null.service.roles.cluster import Cluster, Shape
 from tests.null.service.router.tables import instance
 from xllm.service.roles.board import Phases, keeps_floors
-from xllm.service.roles.control import CONFIRM, ControlState, RoleLimits, RoleView, Switch, tick
+from xllm.service.roles.control import CONFIRM, ControlState, RoleLimits, tick
 from xllm.service.roles.monitor import Demand, LoadMonitor
+from xllm.service.roles.splits import RoleView, Switch
 from xllm.types import DECODE, MIXED, PREFILL
 
 LIMITS = RoleLimits(ttft_ms=1000.0, tpot_ms=50.0)

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 
 from tests.null.service.conftest import House, collect, turns
+from xllm.config import ClusterConfig, FrontConfig
 from xllm.errors import NotFoundError, RequestError, UnavailableError
+from xllm.service.cluster import ClusterService
 from xllm.service.instances.about import InstanceAbout
 from xllm.service.roles.board import Standing
 from xllm.service.roles.keeper import PROOF_S
+from xllm.testing.clock import FakeClock
 from xllm.testing.fake_engine import SampleEngine
 from xllm.types import EngineSnapshot
 from xllm.wire.messages import Stats
@@ -218,6 +221,29 @@ async def test_adaptive_control_switches_within_two_periods_and_says_why(house: 
     assert "ttft=" in told[0][4]
 
 
+async def test_where_nothing_can_be_handed_over_roles_are_names(house: House) -> None:
+    house.reconfigure(role_control="adaptive")
+    engines = [
+        await house.engine(join=role(phase, endpoints=()), auto=False) for phase in ("prefill", "decode")
+    ]
+    streams = [await house.submit() for _ in range(2)]
+    await turns(lambda: all(engine.request_ids for engine in engines))
+    engines[0].tell(Stats(snapshot=EngineSnapshot(backlog_tokens=90_000, num_requests=5, num_running=1)))
+    await turns(lambda: house.front.snapshot().instances[0].engine.backlog_tokens == 90_000)
+    house.pass_time(5.0)
+    assert house.front.snapshot().num_role_switches == {}
+    for stream in streams:
+        await stream.aclose()
+
+
+async def test_engines_that_are_still_starting_are_not_made_up_for(house: House) -> None:
+    house.reconfigure(role_control="adaptive")
+    await house.engine(join=role("prefill"))
+    await house.engine(join=role("prefill"))
+    house.pass_time(5.0)
+    assert house.front.snapshot().num_role_switches == {}
+
+
 async def test_static_control_switches_nothing(house: House) -> None:
     await flooded(house)
     house.pass_time(20.0)
@@ -245,3 +271,15 @@ async def test_the_last_decoder_lost_is_made_up_for(house: House) -> None:
     await turns(lambda: len(house.front.snapshot().instances) == 2)
     house.pass_time(1.2)
     assert {i.standing.reason for i in house.front.snapshot().instances} == {"started", "floor"}
+
+
+async def test_a_front_that_may_share_its_registry_changes_no_roles() -> None:
+    shared = ClusterConfig(registry="etcd://127.0.0.1:1")
+    service = ClusterService(FrontConfig(role_control="adaptive"), shared, FakeClock())
+    with pytest.raises(UnavailableError, match="labels of one front"):
+        service.front.set_role("a", "mixed", None, pinned=True)
+    await service.close()
+    alone = ClusterService(FrontConfig(), ClusterConfig(registry="static://127.0.0.1:1"), FakeClock())
+    with pytest.raises(NotFoundError):
+        alone.front.set_role("a", "mixed", None, pinned=True)
+    await alone.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -167,6 +168,23 @@ def test_a_cost_that_only_the_other_pool_knows_is_used() -> None:
     placement = placed(request(1000), prefill("p", cost=()), decode("d", cost=slow))
     assert placement.ttft_ms is not None
     assert placement.ttft_ms > 10_000.0
+
+
+def halved(view: InstanceView, half: tuple[float, ...]) -> InstanceView:
+    return replace(view, engine=msgspec.structs.replace(view.engine, cost=(), half_cost=half))
+
+
+def test_halves_of_a_cost_make_a_whole() -> None:
+    """One that only computes prompts and one that only decodes know it together."""
+    p = halved(prefill("p"), (9.0, 10.0, 0.0, 0.0, 0.0))
+    d = halved(decode("d", decoding=10), (3.0, 0.0, 0.0, 2.0, 0.0))
+    placement = placed(request(1000), p, d)
+    assert placement.ttft_ms is not None
+    assert placement.ttft_ms == pytest.approx(10_000.0, rel=0.01)
+    assert placement.tpot_ms == pytest.approx(3.0 + 11 * 2.0)
+    alone = placed(request(1000), p, halved(decode("d"), ()))
+    assert alone.ttft_ms is not None
+    assert alone.ttft_ms < 1000.0, "half of it says nothing"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from xllm.service.draft import RequestDraft
 from xllm.service.failover.decision import MoveCost
+from xllm.service.handover.record import HandoverRecord
 from xllm.service.router.base import Placement
 from xllm.service.snapshot import RequestRecord
 from xllm.service.stream import Delta, Usage
@@ -149,6 +151,39 @@ def test_a_move_takes_from_the_last_output_to_the_next_one(story: Story) -> None
     moved = next(e for e in told["events"] if e["kind"] == "moved")
     assert (moved["from"], moved["to"], moved["cause"], moved["recompute_tokens"]) == ("a", "b", "crash", 120)
     assert moved["predicted_recompute_ms"] == 12.5
+
+
+def test_a_hand_over_is_told_with_its_bytes_and_only_its_gap_counts_as_moving(story: Story) -> None:
+    story.accept()
+    story.place("p", decode="d")
+    story.output(0.1, queue_s=0.0)
+    story.clock.advance(0.004)
+    done = HandoverRecord(
+        request_id="r1",
+        attempt=0,
+        source="p",
+        target="d",
+        reason="prefill",
+        mode="push",
+        outcome="done",
+        num_bytes=4096,
+        transfer_ms=8.0,
+        exposed_ms=2.0,
+    )
+    story.timelines.on_handover(done)
+    story.place("d", attempt=1)
+    story.output(0.006)
+    story.timelines.on_handover(replace(done, reason="drain", outcome="failed", code="timeout"))
+    story.output(0.02)
+    story.end()
+    assert spent(story) == pytest.approx({"prefill": 100, "moves": 10, "decode": 20})
+    events = {e["kind"]: e for e in story.told()["events"]}
+    assert events["placed"]["instance"] == "d"
+    handed = events["handed over"]
+    assert (handed["from"], handed["to"], handed["reason"], handed["mode"]) == ("p", "d", "prefill", "push")
+    assert (handed["bytes"], handed["transfer_ms"], handed["exposed_ms"]) == (4096, 8.0, 2.0)
+    assert events["not handed over"]["code"] == "timeout"
+    assert events["resumed"]["gap_ms"] == 10.0
 
 
 def test_a_move_before_the_first_output_ends_with_the_new_placement(story: Story) -> None:
