@@ -75,7 +75,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HandoverLab]:
     scope="module",
     params=[
         (transport, mode, instances)
-        for transport, mode in (("shm", "push"), ("tcp", "push"), ("mooncake", "push"), ("tcp", "pull"))
+        for transport, mode in (("shm", "push"), ("tcp", "push"), ("tcp", "pull"))
         for instances in ("prefill:1,decode:1", "prefill:2,decode:2")
     ],
     ids=lambda param: "-".join(param).replace(",", "+").replace(":", ""),
@@ -84,8 +84,6 @@ def each_pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[HandoverLab]:
     transport, mode, instances = request.param
-    if transport == "mooncake":
-        pytest.importorskip("mooncake.engine")
     folder = tmp_path_factory.mktemp("pair")
     with handover_lab(
         folder,
@@ -128,10 +126,13 @@ def real_wanted(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> list[
         return asyncio.run(golden(alone.server.base_url, REAL_BODIES))
 
 
-@pytest.fixture(scope="module", params=["shm", "tcp"])
+@pytest.fixture(scope="module", params=["shm", "tcp", "mooncake"])
 def real_pair(
     request: pytest.FixtureRequest, smollm2: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[HandoverLab]:
+    """Mooncake here only: for the null device's pages of 256 bytes it is rightly found too slow."""
+    if request.param == "mooncake":
+        pytest.importorskip("mooncake.engine")
     folder = tmp_path_factory.mktemp("pair")
     with handover_lab(folder, smollm2, *REAL, transfer=request.param) as made:
         yield made
