@@ -15,6 +15,7 @@ from xllm.engine.core import EngineCore, Outputs
 from xllm.engine.kv_news import KvTeller
 from xllm.engine.kvtransfer.base import TransferEvent
 from xllm.engine.link import LinkCounters
+from xllm.engine.moving.news import TransferNews
 from xllm.engine.port import Inbox, Port
 from xllm.engine.tracing import RequestTracer
 from xllm.errors import ErrorInfo, UnavailableError, XllmError
@@ -61,6 +62,7 @@ class EngineLoop:
         grace_s: float = 30.0,
         counters: LinkCounters | None = None,
         tracer: RequestTracer | None = None,
+        news: TransferNews | None = None,
     ) -> None:
         """`assets` maps digest → bytes. `parent` is the front that started this engine, if one did: it has
         the engine already, and the loop ends with it."""
@@ -73,6 +75,8 @@ class EngineLoop:
         self._counters = counters or LinkCounters()
         self._tracer = tracer or RequestTracer(NullTracer())
         self._fronts: dict[int, Port] = {}
+        if news is not None:
+            news.fronts = self._fronts
         self._leaving: set[int] = set()
         self._refused: Outputs = {}
         self._kv = KvTeller(core)

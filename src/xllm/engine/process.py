@@ -22,6 +22,7 @@ from xllm.engine.build import BuiltEngine, build_here, join_peers, ready_of
 from xllm.engine.hub import Hub
 from xllm.engine.kvtransfer.opening import peer_identity
 from xllm.engine.loop import EngineLoop
+from xllm.engine.moving.news import TransferNews
 from xllm.engine.session import Session
 from xllm.engine.time_slice import ask_long_slice
 from xllm.engine.tracing import RequestTracer
@@ -76,11 +77,11 @@ def _serve(hub: Hub, session: Session, pages_fd: int | None, log_level: str) -> 
         return 1
     tracer = RequestTracer.for_config(start.config)
     settle()
-    plane = None
+    plane, news = None, TransferNews(engine.core, hub.inbox)
     try:
         if start.peer_key:  # without one anybody could bring pages
             identity = peer_identity(start.peer_key, incarnation)
-            plane = join_peers(engine, start.config, identity, lambda event: hub.inbox.put((None, event)))
+            plane = join_peers(engine, start.config, identity, news)
     except XllmError as error:
         session.send(StartFailed(error=error.info()))
         return 1
@@ -97,6 +98,7 @@ def _serve(hub: Hub, session: Session, pages_fd: int | None, log_level: str) -> 
             parent=session,
             counters=hub.counters,
             tracer=tracer,
+            news=news,
         ).run()
     finally:
         if plane is not None:

@@ -20,6 +20,7 @@ from xllm.engine.build import BuiltEngine, join_peers, ready_of
 from xllm.engine.hub import Hub
 from xllm.engine.link import LinkCounters, LinkLimits
 from xllm.engine.loop import EngineLoop
+from xllm.engine.moving.news import TransferNews
 from xllm.engine.time_slice import ask_long_slice
 from xllm.engine.tracing import RequestTracer
 from xllm.errors import ConfigError
@@ -59,8 +60,8 @@ class InstanceServer:
         self._engine = engine
         self._hub = Hub(engine.core.progress, SystemClock(), limits)
         self._hub.listen(listener, self.identity)
-        inbox = self._hub.inbox
-        self._plane = join_peers(engine, config, self.identity, lambda event: inbox.put((None, event)))
+        news = TransferNews(engine.core, self._hub.inbox)
+        self._plane = join_peers(engine, config, self.identity, news)
         endpoints = () if self._plane is None else self._plane.endpoints
         self.ready: Ready = msgspec.structs.replace(ready_of(engine, config, endpoints), phases=phases)
         self._tracer = RequestTracer.for_config(config, self.identity.peer_id)
@@ -72,6 +73,7 @@ class InstanceServer:
             grace_s=grace_s,
             counters=self.counters,
             tracer=self._tracer,
+            news=news,
         )
         self._ended = threading.Event()
         self._failed = False

@@ -24,7 +24,7 @@ from xllm.engine.moving.sender import Answers, Sender
 from xllm.engine.plan import StepPlan
 from xllm.engine.scheduler.scheduler import Scheduler
 from xllm.errors import ErrorInfo
-from xllm.wire.messages import Fetch, Move
+from xllm.wire.messages import Fetch, Move, Moved
 
 
 class Mover:
@@ -91,6 +91,10 @@ class Mover:
             case Released(transfer_id=transfer_id):
                 self._sender.released(transfer_id)
                 self._receiver.released(transfer_id)
+
+    def answer_early(self, event: Sent) -> tuple[int, Moved] | None:
+        """(owner, answer) of a move that has just succeeded, once. The only call for another thread."""
+        return self._sender.answer_early(event)
 
     def before_step(self, plan: StepPlan) -> None:
         self._sender.before_step(plan)

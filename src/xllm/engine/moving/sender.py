@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
+
 from xllm.engine.kvtransfer.base import (
     Asked,
     ChoiceState,
@@ -31,6 +33,9 @@ from xllm.wire.messages import Move, Moved
 
 LITTLE_PAGES = 2
 """So many pages per sequence may be pending when the sequences are held: it takes less than a step."""
+PROMPT_PAGES = 16
+"""The same of a prompt that has just been computed: its sequence would be held up longer by the next step of
+this instance, which is about prompts, than by the rest of its last chunk."""
 KEEP_S = 10.0
 """A receiver that is to pull has so long to ask."""
 MAX_GIVEN = 64
@@ -58,6 +63,9 @@ class Sender:
         self._settle = settle
         self._moves: dict[str, Outgoing] = {}
         self._given: dict[str, Slots] = {}
+        # What is to be said of moves that are about to succeed: whoever takes it out says it, the step thread
+        # or the transfers' own.
+        self._successes: dict[str, tuple[int, Moved]] = {}
         self.answers: Answers = []
 
     def __contains__(self, transfer_id: str) -> bool:
@@ -114,6 +122,11 @@ class Sender:
         move = self._moves.get(event.transfer_id)
         if move is not None and move.phase is Phase.FINISHING:
             self._succeed(move, event)
+
+    def answer_early(self, event: Sent) -> tuple[int, Moved] | None:
+        """For the transfers' thread: the answer, if nobody has given one. All frames have left before."""
+        owner, moved = self._successes.pop(event.transfer_id, (0, None))
+        return None if moved is None else (owner, _told_of(moved, event))
 
     def failed(self, event: Failed) -> None:
         move = self._moves.get(event.transfer_id)
@@ -235,7 +248,8 @@ class Sender:
                 self._keep(move, now_s)
         elif self._push(move, [(s, s.num_computed // PAGE_SIZE) for s in move.live]) and move.is_ready():
             pending = self._transfers.num_pending(move.transfer_id)
-            if pending is not None and pending <= LITTLE_PAGES * len(move.live):
+            few = LITTLE_PAGES if any(move.drawn.values()) else PROMPT_PAGES
+            if pending is not None and pending <= few * len(move.live):
                 self._finish(move)
 
     def _finish(self, move: Outgoing) -> None:
@@ -243,6 +257,7 @@ class Sender:
         self._scheduler.hold(move.request)
         if self._push(move, _all_pages(move)):
             move.phase = Phase.FINISHING
+            self._successes[move.transfer_id] = (move.owner, _moved(move))
             self._transfers.finish(move.transfer_id, manifest_of(move))
 
     def _keep(self, move: Outgoing, now_s: float) -> None:
@@ -314,20 +329,11 @@ class Sender:
         if move.answered:
             return
         move.answered = True
-        self.answers.append(
-            (
-                move.owner,
-                Moved(
-                    request_id=move.request.spec.request_id,
-                    attempt=move.attempt,
-                    transfer_id=move.transfer_id,
-                    error=error,
-                    num_bytes=0 if sent is None else sent.num_bytes,
-                    transfer_ms=0.0 if sent is None else sent.transfer_ms,
-                    exposed_ms=0.0 if sent is None else sent.exposed_ms,
-                ),
-            )
-        )
+        was_due = move.phase is Phase.DONE and sent is not None
+        if self._successes.pop(move.transfer_id, None) is None and was_due:
+            return  # the transfers' thread has said it
+        moved = _moved(move, error)
+        self.answers.append((move.owner, moved if sent is None else _told_of(moved, sent)))
 
     def _refuse(self, owner: int, message: Move, error: ErrorInfo) -> None:
         self._counters.num_failed += 1
@@ -345,6 +351,21 @@ class Sender:
 
     def _is_moving(self, request: Request) -> bool:
         return any(m.request is request and m.phase is not Phase.FAILED for m in self._moves.values())
+
+
+def _moved(move: Outgoing, error: ErrorInfo | None = None) -> Moved:
+    return Moved(
+        request_id=move.request.spec.request_id,
+        attempt=move.attempt,
+        transfer_id=move.transfer_id,
+        error=error,
+    )
+
+
+def _told_of(moved: Moved, sent: Sent) -> Moved:
+    return msgspec.structs.replace(
+        moved, num_bytes=sent.num_bytes, transfer_ms=sent.transfer_ms, exposed_ms=sent.exposed_ms
+    )
 
 
 def _all_pages(move: Outgoing) -> list[tuple[Sequence, int]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 
 from xllm.config import SchedulerConfig
-from xllm.engine.kvtransfer.base import TransferEvent
+from xllm.engine.kvtransfer.base import Sent, TransferEvent
 from xllm.testing.fake_transfers import Wire
 from xllm.testing.null_engine import FULL, NullEngine, null_engine
 from xllm.types import FinishReason, KVGroup, RequestSpec
@@ -72,7 +72,10 @@ class Pair:
         config: SchedulerConfig | None = None,
         caching: bool = True,
         num_engines: int = 2,
+        early: bool = False,
     ) -> None:
+        """`early`: a success is answered by the transfers' thread, before the step thread knows of it."""
+        self.early = early
         self.wire = Wire()
         self.engines: list[NullEngine] = [
             null_engine(
@@ -154,8 +157,14 @@ class Pair:
             transfers = engine.transfers
             assert transfers is not None
             while transfers.events:
-                engine.core.on_event(self.alter(transfers.events.popleft()))
+                event = self.alter(transfers.events.popleft())
+                answer = None
+                if self.early and isinstance(event, Sent):
+                    answer = engine.core.mover.answer_early(event)
+                engine.core.on_event(event)
                 engine.memory.check()
+                if answer is not None:
+                    self.heard(answer[1])
 
     def turn(self) -> None:
         """Each engine does one step; then the wire, up to `pages_per_turn` things; then the front."""
@@ -173,10 +182,13 @@ class Pair:
         self.hand_on()
         for engine in self.engines:
             for _, moved in engine.core.mover.take_answers():
-                self.moved.append(moved)
-                client = self.clients[moved.request_id]
-                if moved.error is None and moved.attempt == client.attempt and not client.num_last:
-                    self.switch(moved)
+                self.heard(moved)
+
+    def heard(self, moved: Moved) -> None:
+        self.moved.append(moved)
+        client = self.clients[moved.request_id]
+        if moved.error is None and moved.attempt == client.attempt and not client.num_last:
+            self.switch(moved)
 
     def until(self, condition: Callable[[], bool], max_turns: int = 2000) -> None:
         for _ in range(max_turns):

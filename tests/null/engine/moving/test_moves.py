@@ -40,6 +40,19 @@ def same(one, other) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_success_may_be_told_before_the_step_thread_knows_and_is_told_once(kind: str) -> None:
+    expected = unmoved(request(kind))
+    pair = Pair(early=True)
+    client = pair.submit(request(kind))
+    pair.move("a")
+    pair.until(lambda: client.at == 1)
+    assert pair.engines[0].core.mover.take_answers() == []
+    pair.finish()
+    same(client, expected)
+    assert [(m.error, m.num_bytes > 0) for m in pair.moved] == [(None, True)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("groups", [(FULL,), (FULL, WINDOW)], ids=["full", "window"])
 @pytest.mark.parametrize("pull", [False, True], ids=["push", "pull"])
 @pytest.mark.parametrize("chunk", [32, 512])
