@@ -53,6 +53,8 @@ class Engine:
     plane: DataPlane
     rows: Rows = field(default_factory=dict)
     tokens: dict[int, list[int]] = field(default_factory=dict)
+    commits: bool = True
+    """False: the sequences wait for their front's log after a few tokens more."""
 
     def step(self) -> bool:
         ran, frames = self.core.step()
@@ -60,7 +62,10 @@ class Engine:
             assert frame.error is None, frame.error
             tokens = self.tokens.setdefault(frame.choice, [])
             tokens.extend(frame.tokens)
-            self.core.scheduler.committed(frame.request_id, frame.choice, frame.offset + len(frame.tokens))
+            if self.commits:
+                self.core.scheduler.committed(
+                    frame.request_id, frame.choice, frame.offset + len(frame.tokens)
+                )
         self.memory.check()
         return ran
 
@@ -75,9 +80,9 @@ class Events:
         return lambda event: self._queue.put((number, event))
 
     def hand_on(self, engines: list[Engine], wait: bool) -> None:
-        """All that there are; with `wait` at least one, should nothing else go on meanwhile."""
+        """All that there are; with `wait` at least one, or none for a moment in which pages move."""
         try:
-            number, event = self._queue.get(block=wait, timeout=5.0)
+            number, event = self._queue.get(block=wait, timeout=0.005)
             while True:
                 engines[number].core.on_event(event)
                 number, event = self._queue.get_nowait()
@@ -203,6 +208,8 @@ def moved(
                 mode=mode,
             )
             here.core.mover.move(0, move, 0.0)
+            # Steps of a tiny model take less than a hand-shake: it would end before it could move.
+            here.commits = False
         ran = [e.step() for e in engines]
         gather()
         fresh = here.core.mover.take_answers()
@@ -222,6 +229,7 @@ def moved(
                 sources=here.plane.endpoints if mode == "pull" else (),
             )
             here.core.abort(spec.request_id)
+            here.commits = True
             at, under_way = 1 - at, False
     while any(e.core.mover.is_waiting for e in engines):
         events.hand_on(engines, wait=True)

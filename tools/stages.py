@@ -38,11 +38,11 @@ STAGES = (
     Stage(name="mypy", budget_s=35, command=(str(BIN / "mypy"),)),
     Stage(name="contracts", budget_s=2, command=(str(BIN / "lint-imports"), "--verbose")),
     # Two workers: these tests are single-threaded Python. The other stages own both cores themselves.
-    Stage(name="null", budget_s=80, command=_pytest("null", "-n", "2")),
-    Stage(name="reference", budget_s=140, command=_pytest("reference")),
-    Stage(name="native", budget_s=150, command=_pytest("native")),
+    Stage(name="null", budget_s=90, command=_pytest("null", "-n", "2")),
+    Stage(name="reference", budget_s=130, command=_pytest("reference")),
+    Stage(name="native", budget_s=135, command=_pytest("native")),
     # By file, since a file's tests share a server. They wait for faults more than they compute.
-    Stage(name="integration", budget_s=190, command=_pytest("integration", "-n", "2", "--dist", "loadfile")),
+    Stage(name="integration", budget_s=200, command=_pytest("integration", "-n", "2", "--dist", "loadfile")),
 )
 
 
