@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from benchmarks.compare import machine
 from xllm.testing.server_process import serve
 
@@ -113,6 +115,17 @@ async def ask(port: int, arrival: Arrival, start_s: float) -> Answer:
     return answer
 
 
+def wait_for_all(base_url: str, num: int) -> None:
+    """The server takes requests from its first complete group on; ways are compared with all instances."""
+    end_s = time.monotonic() + 60
+    while time.monotonic() < end_s:
+        instances = httpx.get(f"{base_url}/instances", timeout=10).json()["instances"]
+        if sum(i["state"] == "ready" for i in instances) == num:
+            return
+        time.sleep(0.1)
+    raise SystemExit(f"{num} instances were not ready within a minute")
+
+
 async def drive(port: int, load: list[Arrival]) -> list[Answer]:
     start_s = time.monotonic() + 0.5
     return await asyncio.gather(*(ask(port, a, start_s) for a in load))
@@ -174,6 +187,7 @@ def run_one(args: argparse.Namespace, way: tuple[str, str, str, int], load: list
     flags += [f"--max-num-batched-tokens={rows}", f"--router-policy={args.policy}", "--num-pages=2048"]
     flags += ["--no-enable-prefix-caching", "--max-model-len=4096"]
     with serve(args.model, *flags, env=env) as server:
+        wait_for_all(server.base_url, args.instances)
         answers = asyncio.run(drive(server.port, load))
         metrics = server.metrics()
     switches = {k: v for k, v in metrics.items() if k.startswith("xllm:role_switches")}
