@@ -42,6 +42,8 @@ from xllm.wire.messages import Move, Moved
 
 NUM_PAGES = 40
 MAX_LEN = 512
+LOOK_S = 0.02
+"""A sender hears nothing of a receiver's yes, it has to look."""
 Rows = dict[tuple[int, int], str]
 """(choice, position) → digest of the logits there."""
 
@@ -51,10 +53,11 @@ class Engine:
     core: EngineCore
     memory: PageManager
     plane: DataPlane
+    commits: bool = True
+    """Not while a move is under way: steps of so small a model may be faster than a connection, and a
+    sequence without credit waits for it."""
     rows: Rows = field(default_factory=dict)
     tokens: dict[int, list[int]] = field(default_factory=dict)
-    commits: bool = True
-    """False: the sequences wait for their front's log after a few tokens more."""
 
     def step(self) -> bool:
         ran, frames = self.core.step()
@@ -80,9 +83,9 @@ class Events:
         return lambda event: self._queue.put((number, event))
 
     def hand_on(self, engines: list[Engine], wait: bool) -> None:
-        """All that there are; with `wait` at least one, or none for a moment in which pages move."""
+        """All that there are; with `wait` something may come in a moment, and nothing else goes on."""
         try:
-            number, event = self._queue.get(block=wait, timeout=0.005)
+            number, event = self._queue.get(block=wait, timeout=LOOK_S)
             while True:
                 engines[number].core.on_event(event)
                 number, event = self._queue.get_nowait()
@@ -199,7 +202,7 @@ def moved(
         here, there = engines[at], engines[1 - at]
         if waiting and not under_way and len(tokens.get(0, ())) >= waiting[0]:
             waiting.pop(0)
-            under_way = True
+            under_way, here.commits = True, False
             move = Move(
                 request_id=spec.request_id,
                 attempt=spec.attempt,
@@ -208,8 +211,6 @@ def moved(
                 mode=mode,
             )
             here.core.mover.move(0, move, 0.0)
-            # Steps of a tiny model take less than a hand-shake: it would end before it could move.
-            here.commits = False
         ran = [e.step() for e in engines]
         gather()
         fresh = here.core.mover.take_answers()
@@ -229,8 +230,7 @@ def moved(
                 sources=here.plane.endpoints if mode == "pull" else (),
             )
             here.core.abort(spec.request_id)
-            here.commits = True
-            at, under_way = 1 - at, False
+            at, under_way, here.commits = 1 - at, False, True
     while any(e.core.mover.is_waiting for e in engines):
         events.hand_on(engines, wait=True)
         for engine in engines:

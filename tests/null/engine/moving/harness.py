@@ -166,6 +166,15 @@ class Pair:
                 if answer is not None:
                     self.heard(answer[1])
 
+    @staticmethod
+    def check_load(engine: NullEngine) -> None:
+        """What routers are told equals what a walk over all sequences finds."""
+        scheduler = engine.core.scheduler
+        sequences = [*scheduler._waiting, *scheduler._running]
+        told = scheduler.snapshot()
+        assert told.backlog_tokens == sum(s.behind for s in sequences if s.behind > 1)
+        assert told.decode_context == sum(len(s.tokens) for s in sequences if s.behind <= 1)
+
     def turn(self) -> None:
         """Each engine does one step; then the wire, up to `pages_per_turn` things; then the front."""
         for number, engine in enumerate(self.engines):
@@ -178,6 +187,7 @@ class Pair:
                         frame.request_id, frame.choice, frame.offset + len(frame.tokens)
                     )
             engine.memory.check()
+            self.check_load(engine)
         self.wire.run(self.pages_per_turn)
         self.hand_on()
         for engine in self.engines:

@@ -362,6 +362,22 @@ def test_pages_read_while_a_step_was_computed_twice_are_not_used() -> None:
     same(client, unmoved(request("greedy")))
 
 
+@pytest.mark.parametrize("kind", ["greedy", "two"])
+def test_everything_arrived_and_no_token_was_delivered(kind: str) -> None:
+    """The sender died after its pages had left and before the client had a token: nothing is computed twice
+    but the row that yields the first token."""
+    pair = Pair()
+    client = pair.submit(request(kind))
+    pair.switch = lambda moved: None  # type: ignore[method-assign]
+    pair.move("a")
+    pair.until(lambda: bool(pair.moved))
+    client.tokens, client.logprobs = {}, {}
+    go_on(pair, client)
+    assert pair.engines[1].core.mover.counters.claimed_rows == len(PROMPT) - 1
+    pair.finish()
+    same(client, unmoved(request(kind)))
+
+
 def test_the_same_offer_twice_is_taken_once() -> None:
     pair, _ = decoding()
     pair.pages_per_turn = 0
