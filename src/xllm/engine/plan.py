@@ -13,11 +13,16 @@ from xllm.errors import ErrorInfo
 from xllm.types import SamplingParams, TokenLogprobs
 
 
+PENDING = -1
+"""In place of a token that is not known yet, since the plan before this one draws it."""
+
+
 class SampleOp(msgspec.Struct, frozen=True, kw_only=True):
     """Draw the token at output `offset` from the last row's logits, once per entry of `choices`.
 
     `banned` are ids masked at this offset (EOS and stop ids while offset < min_tokens).
-    `prompt`/`output` are filled only when penalties or bad_words need them (`needs_history`).
+    `prompt`/`output` are filled only when penalties or bad_words need them (`needs_history`); a pending token
+    is not in `output`: whoever resolves it appends it.
     """
 
     params: SamplingParams
@@ -49,6 +54,8 @@ class SequencePlan(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     prompt_targets: tuple[int, ...] = ()
     """The tokens at positions start + first_logit_row + 1 …, as many as lie in the prompt."""
+    pending: bool = False
+    """The last of `tokens` is PENDING: the one token that the plan before this one draws for this sequence."""
 
 
 class PageCopy(msgspec.Struct, frozen=True):
@@ -96,3 +103,8 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     elapsed_ms: float = 0.0
     rerun: bool = False
     """Parts were computed a second time: who read pages while the step ran may have read half of it."""
+    began_s: float = 0.0
+    ended_s: float = 0.0
+    """When the device began and ended it, on the monotonic clock; 0 = nobody looked."""
+    dropped: bool = False
+    """Nothing of it was run, its page copies neither, since the step before it failed. `sequences` is empty."""

@@ -84,6 +84,19 @@ class Runner(Protocol):
         """Give back device memory; idempotent."""
 
 
+@runtime_checkable
+class StepQueue(Protocol):
+    """What a runner may offer beyond `execute`: the next step is handed over while one runs, and begins when
+    that one ends without waiting for anybody. At most two are under way."""
+
+    def submit(self, plan: StepPlan) -> None:
+        """As `Executor.submit`. Page copies of the plan come before its rows."""
+
+    def collect(self) -> StepResult:
+        """As `Runner.execute`, of the oldest plan under way. When it raises what the forward pass raises, the
+        plan behind it is not run: its `collect` gives a dropped result."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltRunner:
     """`num_pages` per KV group; `report` holds one line per choice, with its reason."""
