@@ -12,7 +12,6 @@ import msgspec
 from xllm.errors import ErrorInfo
 from xllm.types import SamplingParams, TokenLogprobs
 
-
 PENDING = -1
 """In place of a token that is not known yet, since the plan before this one draws it."""
 
@@ -55,7 +54,7 @@ class SequencePlan(msgspec.Struct, frozen=True, kw_only=True):
     prompt_targets: tuple[int, ...] = ()
     """The tokens at positions start + first_logit_row + 1 …, as many as lie in the prompt."""
     pending: bool = False
-    """The last of `tokens` is PENDING: the one token that the plan before this one draws for this sequence."""
+    """The last of `tokens` is PENDING: the token that the plan before this one draws for this sequence."""
 
 
 class PageCopy(msgspec.Struct, frozen=True):
@@ -107,4 +106,4 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     ended_s: float = 0.0
     """When the device began and ended it, on the monotonic clock; 0 = nobody looked."""
     dropped: bool = False
-    """Nothing of it was run, its page copies neither, since the step before it failed. `sequences` is empty."""
+    """Nothing of it was run, not even its page copies: the step before it failed. `sequences` is empty."""

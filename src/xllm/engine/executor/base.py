@@ -12,8 +12,8 @@ class Executor(Protocol):
 
     @property
     def depth(self) -> int:
-        """Plans that may be submitted before the first of them is collected: 1, or 2 where the next step may be
-        handed over while one runs."""
+        """Plans that may be submitted before the first of them is collected: 1, or 2 where the next step may
+        be handed over while one runs."""
 
     def submit(self, plan: StepPlan) -> None:
         """Run the plan when those before it have run; returns without waiting for it where it can.
@@ -24,8 +24,8 @@ class Executor(Protocol):
     def collect(self) -> StepResult:
         """The result of the oldest plan that was submitted and not collected; waits for it.
 
-        A failure in one sequence's part is that sequence's `error`. Where a step failed as a whole and was run
-        again in parts, what was submitted behind it is `dropped`: its tokens may have been pending.
+        A failure in one sequence's part is that sequence's `error`. Where a step failed as a whole and was
+        run again in parts, what was submitted behind it is `dropped`: its tokens may have been pending.
         Raises only when the device itself is lost.
         """
 
