@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,8 +101,17 @@ async def ask(http: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
     return answer
 
 
+async def _lines(response: httpx.Response) -> AsyncIterator[str]:
+    """As its `aiter_lines`, which also takes U+0085 or U+2028 inside an event for the end of a line."""
+    rest = ""
+    async for text in response.aiter_text():
+        *whole, rest = (rest + text).split("\n")
+        for line in whole:
+            yield line
+
+
 async def _read(response: httpx.Response, answer: Answer) -> None:
-    async for line in response.aiter_lines():
+    async for line in _lines(response):
         if not line.startswith("data: "):
             continue
         if line == "data: [DONE]":

@@ -52,7 +52,12 @@ def flags(folder: Path) -> tuple[str, ...]:
 
 
 def environment(pace_ms: float = 0.0, **settings: Any) -> dict[str, str]:
-    """For server processes; `settings` are configuration fields by name."""
+    """For server processes; `settings` are configuration fields by name.
+
+    Unless they say otherwise nobody is refused for a long queue: these tests are about other things, and a
+    busy machine must not decide them.
+    """
+    settings = {"max_queue_delay_s": 0, **settings}
     more = {f"XLLM_{name.upper()}": str(value) for name, value in settings.items()}
     return {**os.environ, "PYTHONPATH": _python_path(), "FAULTLAB_PACE_MS": str(pace_ms), **more}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import openai
@@ -10,13 +11,15 @@ import pytest
 from xllm.engine.kernels.native.library import find
 from xllm.testing.server_process import ServerProcess, serve
 
+# However long the queue of a busy machine is, nobody is refused for it.
+ENVIRONMENT = {**os.environ, "XLLM_MAX_QUEUE_DELAY_S": "0"}
 COMMON = ("--max-model-len", "2048", "--num-pages", "400", "--max-num-seqs", "16")
 
 
 @pytest.fixture(scope="session")
 def reference_server(smollm2: str) -> Iterator[ServerProcess]:
     """float32 on the reference platform: what can be compared with transformers."""
-    with serve(smollm2, "--platform", "cpu", "--dtype", "float32", *COMMON) as process:
+    with serve(smollm2, "--platform", "cpu", "--dtype", "float32", *COMMON, env=ENVIRONMENT) as process:
         yield process
 
 
@@ -26,7 +29,7 @@ def native_server(smollm2: str) -> Iterator[ServerProcess]:
     path, why = find()
     if path is None:
         pytest.skip(f"no native kernels: {why}")
-    with serve(smollm2, *COMMON) as process:
+    with serve(smollm2, *COMMON, env=ENVIRONMENT) as process:
         assert any("platform=native" in line for line in process.lines)
         yield process
 

@@ -84,9 +84,10 @@ class SocketEngineStream:
 
     async def close(self) -> None:
         self._writer.close()
-        # Also TimeoutError, from the kernel for a host that is gone.
+        # Shielded: all who wait share one future of asyncio, and a waiter that is cancelled would cancel it
+        # for those that close after it. OSError: also TimeoutError, from the kernel for a host that is gone.
         with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
+            await asyncio.shield(self._writer.wait_closed())
 
     async def shake_hands(self, handshake: Handshake) -> Hello:
         """Run the hand-shake as the side that connected; the peer's Hello. Raises XllmError."""

@@ -24,6 +24,8 @@ from xllm.types import PAGE_SIZE, SamplingParams
 
 PROMPTS = [tuple(3 + (7 * i + 31 * n) % 250 for i in range(40 + 60 * n)) for n in range(6)]
 NUM_TOKENS = 400
+BUFFER_TOKENS = 32
+"""For a reader that does not read; then its engine's credit ends. So no stream can end before it may."""
 
 
 @asynccontextmanager
@@ -33,7 +35,14 @@ async def service(folder: Path, num: int, mode: Literal["push", "pull"]) -> Asyn
         cache=CacheConfig(num_pages=256),
         platform=PlatformConfig(platform="null"),
     )
-    config = FrontConfig(router_policy="round-robin", transfer_mode=mode, max_queue_delay_s=0)
+    config = FrontConfig(
+        router_policy="round-robin",
+        transfer_mode=mode,
+        max_queue_delay_s=0,
+        stream_buffer_tokens=BUFFER_TOKENS,
+        slow_reader_timeout_s=120,
+        suspect_floor_s=60,
+    )
     made = await LocalService.start([engine] * num, config, SystemClock())
     try:
         async with asyncio.timeout(30):
@@ -52,8 +61,14 @@ async def ask(front: Front) -> list[LiveRequest]:
     ]
 
 
-async def said(stream: LiveRequest) -> tuple[int, ...]:
-    return tuple([t async for delta in stream for t in delta.token_ids])
+async def said(stream: LiveRequest, may_end: asyncio.Event | None = None) -> tuple[int, ...]:
+    """All of it; after the first tokens not before `may_end`."""
+    tokens: list[int] = []
+    async for delta in stream:
+        tokens.extend(delta.token_ids)
+        if may_end is not None and len(tokens) >= 5:
+            await may_end.wait()
+    return tuple(tokens)
 
 
 @pytest.mark.parametrize("mode", ["push", "pull"])
@@ -65,7 +80,8 @@ async def test_a_drained_instance_is_empty_at_once_and_every_stream_goes_on(
     async with service(tmp_path, 2, mode) as pair:
         front = pair.front
         streams = await ask(front)
-        readers = [asyncio.create_task(said(stream)) for stream in streams]
+        moved = asyncio.Event()
+        readers = [asyncio.create_task(said(stream, moved)) for stream in streams]
         async with asyncio.timeout(30):
             while min(stream.journal.num_committed for stream in streams) < 5:
                 await asyncio.sleep(0)
@@ -75,6 +91,7 @@ async def test_a_drained_instance_is_empty_at_once_and_every_stream_goes_on(
         async with asyncio.timeout(30):
             await front.drain_instance("engine-0", 30.0)
         assert all(not stream.ended for stream in streams), "they had ended before they could be moved"
+        moved.set()
         assert await asyncio.gather(*readers) == wanted
         snapshot = front.snapshot()
         assert snapshot.num_handovers == {("drain", "done"): 3}
