@@ -16,10 +16,13 @@ TEST_STAMP := $(VENV)/.xllm-test-setup
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test-setup kernels model serve test lint null reference native integration robustness simulate exactness sanitize bench-ttft bench-serve bench-client bench-overhead bench-overload bench-transfer bench-handover bench-load-shift bench-roles bench-faults bench-service bench-routing bench-routing-live bench-peers bench-compare bench-rates bench-step bench-perplexity soak freeze clean
+.PHONY: help system-packages setup test-setup kernels model serve test lint null reference native integration robustness simulate exactness sanitize bench-ttft bench-serve bench-client bench-overhead bench-overload bench-transfer bench-handover bench-load-shift bench-roles bench-faults bench-service bench-routing bench-routing-live bench-peers bench-compare bench-rates bench-step bench-perplexity soak freeze clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+system-packages:  ## apt packages that some tests want, where one may install them; never fails
+	@tools/system_packages.sh
 
 setup: $(STAMP)  ## .venv with the xllm command (editable) and the native kernels; no torch
 

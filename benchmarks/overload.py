@@ -236,14 +236,16 @@ async def measure(
     mean_tokens: int = 64,
     concurrency: int = 96,
     recovery_s: float = 10.0,
+    capacity_s: float | None = None,
     seed: int = 1,
 ) -> Report:
     """Capacity, normal load, `factor` times capacity for `seconds`, normal load again.
 
-    The last phase is what comes `recovery_s` after the overload.
+    The last phase is what comes `recovery_s` after the overload. Capacity is measured for `capacity_s`, by
+    default half of `seconds` and at least 8.
     """
     load, seen = Load(port, model, mean_tokens, seed), Watch()
-    capacity_tokens = await load.closed(max(8.0, seconds / 2), concurrency)
+    capacity_tokens = await load.closed(capacity_s or max(8.0, seconds / 2), concurrency)
     capacity = capacity_tokens / mean_tokens
     load.answers.clear()
     watching = asyncio.create_task(watch(port, pids, seen))

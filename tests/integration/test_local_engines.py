@@ -173,7 +173,7 @@ def test_all_engines_killed_at_once_come_back_and_the_streams_go_on(
 
 
 def restarted_under_load(server: ServerProcess, expected: list[Said]) -> list[str]:
-    """What was printed during a rolling restart. Until one is moved, stream follows stream without a pause."""
+    """What was printed during a rolling restart. Until one is moved, stream follows stream at once."""
     told = len(server.lines)
     done = threading.Event()
 

@@ -31,7 +31,8 @@ def report() -> Report:
                 normal_load=0.5,
                 mean_tokens=16,
                 concurrency=16,
-                recovery_s=6.0,
+                recovery_s=4.0,
+                capacity_s=6.0,
             )
         )
         print("\n".join(lines(found)))

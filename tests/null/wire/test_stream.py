@@ -1,4 +1,4 @@
-"""A front's end of a connection: whoever closes it may be cancelled, and the next one closes it all the same."""
+"""A front's end of a connection: who closes it may be cancelled, and the next one closes it all the same."""
 
 from __future__ import annotations
 
