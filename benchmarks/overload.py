@@ -25,7 +25,9 @@ import httpx
 
 from benchmarks.overhead.__main__ import server
 
-SAMPLE_EVERY_S = 0.5
+SAMPLE_EVERY_S = 0.25
+FILLING_S = 1.0
+"""Until an overload has filled every engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,12 @@ class Watch:
     max_rss_mib: float = 0.0
     first_rss_mib: float = 0.0
     num_samples: int = 0
+    running: list[tuple[float, float]] = field(default_factory=list)
+    """(when, requests that engines work on)."""
+
+    def mean_running(self, begin_s: float, end_s: float) -> float:
+        seen = [count for at_s, count in self.running if begin_s <= at_s < end_s]
+        return sum(seen) / len(seen) if seen else 0.0
 
 
 @dataclass(slots=True)
@@ -150,7 +158,7 @@ class Load:
         return Answer(at_s, status, self.now_s(), ttft_s, min(num_events, num_asked), complete)
 
 
-async def watch(port: int, pids: list[int], seen: Watch) -> None:
+async def watch(port: int, pids: list[int], load: Load, seen: Watch) -> None:
     """Sample until cancelled."""
     async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
         while True:
@@ -161,6 +169,7 @@ async def watch(port: int, pids: list[int], seen: Watch) -> None:
                 sums[name.split("{")[0]] += float(value)  # type: ignore[assignment]
             rss_mib = sum(map(rss_of, pids)) / 2**20
             seen.num_samples += 1
+            seen.running.append((load.now_s(), sums["vllm:num_requests_running"]))
             seen.first_rss_mib = seen.first_rss_mib or rss_mib
             seen.max_rss_mib = max(seen.max_rss_mib, rss_mib)
             seen.max_waiting = max(seen.max_waiting, sums["vllm:num_requests_waiting"])
@@ -213,11 +222,13 @@ def quantile(ordered: list[float], share: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """`recovery_s`: from the end of the overload until every later wait was normal again (`normal_s`)."""
+    """`mean_running`: requests that engines worked on at a time, once the overload had begun.
+    `recovery_s`: from the end of the overload until every later wait was normal again (`normal_s`)."""
 
     capacity_tokens_per_s: float
     phases: tuple[Phase, ...]
     goodput_share: float
+    mean_running: float
     normal_s: float
     recovery_s: float
     retry_after_s: tuple[int, int]
@@ -248,7 +259,7 @@ async def measure(
     capacity_tokens = await load.closed(capacity_s or max(8.0, seconds / 2), concurrency)
     capacity = capacity_tokens / mean_tokens
     load.answers.clear()
-    watching = asyncio.create_task(watch(port, pids, seen))
+    watching = asyncio.create_task(watch(port, pids, load, seen))
     try:
         before = await load.poisson(normal_s, normal_load * capacity)
         during = await load.poisson(seconds, factor * capacity)
@@ -271,6 +282,7 @@ async def measure(
         capacity_tokens_per_s=capacity_tokens,
         phases=phases,
         goodput_share=phases[1].tokens_per_s / capacity_tokens,
+        mean_running=seen.mean_running(during[0] + FILLING_S, during[1]),
         normal_s=normal,
         recovery_s=max(slow, default=after[0]) - after[0],
         retry_after_s=(min(retry, default=0), max(retry, default=0)),
@@ -289,6 +301,7 @@ def lines(report: Report) -> Iterator[str]:
     seen, over = report.seen, report.phases[1]
     share = over.statuses.get(429, 0) / max(1, over.num_asked)
     yield f"goodput during the overload: {report.goodput_share:.1%} of capacity; refused {share:.1%}"
+    yield f"requests that engines worked on meanwhile: {report.mean_running:.1f} at a time"
     yield f"recovery: {report.recovery_s:.1f} s until every wait was below {report.normal_s:.3f} s again"
     yield f"Retry-After from {report.retry_after_s[0]} to {report.retry_after_s[1]} s"
     yield (

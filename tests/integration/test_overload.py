@@ -14,7 +14,8 @@ import pytest
 from benchmarks.overhead.__main__ import server
 from benchmarks.overload import Report, lines, measure
 
-SERVE = ["--max-num-seqs", "8"]
+MAX_SEQS = 8
+SERVE = ["--max-num-seqs", str(MAX_SEQS)]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def report() -> Report:
                 normal_load=0.5,
                 mean_tokens=16,
                 concurrency=16,
-                recovery_s=4.0,
+                recovery_s=5.0,
                 capacity_s=6.0,
             )
         )
@@ -48,12 +49,13 @@ def test_it_was_an_overload_and_most_was_refused_at_once(report: Report) -> None
     assert set(over.statuses) == {200, 429}
     assert over.num_asked > 4 * over.num_served
     assert report.retry_after_s[0] >= 1
-    assert over.refused_p99_s < report.normal_s + 1.0
+    assert over.refused_p99_s < over.ttft_p50_s  # at once: sooner than those that wait get anything
 
 
 def test_the_engine_stays_busy_with_what_was_admitted(report: Report) -> None:
     over = report.phases[1]
-    assert report.goodput_share > 0.75  # 0.9 and more in the long run: eight seconds are few answers
+    # Not tokens a second: those also say what else the machine did in these eight seconds.
+    assert report.mean_running > 0.75 * MAX_SEQS
     assert over.num_served == over.statuses[200]  # what is admitted is finished
 
 
@@ -65,9 +67,9 @@ def test_no_queue_grows_with_what_is_asked(report: Report) -> None:
 
 
 def test_afterwards_it_is_as_before(report: Report) -> None:
-    before, _, _, later = report.phases
+    _, over, _, later = report.phases
     assert later.statuses == {200: later.num_asked}
-    assert later.ttft_p50_s < 3 * before.ttft_p50_s + 0.2
+    assert later.ttft_p50_s < over.ttft_p50_s / 2
 
 
 def test_the_official_client_waits_as_told_and_gets_through() -> None:
