@@ -15,7 +15,7 @@ extern "C" {
 
 #define XN_EXPORT __attribute__((visibility("default")))
 
-#define XN_ABI_VERSION 2  // raised with every change of this file
+#define XN_ABI_VERSION 3  // raised with every change of this file
 #define XN_GROUP 32       // inputs that share a scale in the quantised classes
 #define XN_PAGE_SIZE 64   // positions in a KV page
 
@@ -279,10 +279,11 @@ typedef struct {
 
 // Runs nodes[*position …] and leaves in *position how far it came. XN_STOPPED: called again with the same
 // arguments it goes on there, if step, arena and carry are as it left them. step NULL: a program without
-// inputs of a step, over `rows` rows; else the step's own counts are used. control may be NULL.
+// inputs of a step, over `rows` rows; else the step's own counts are used. control may be NULL, and so may
+// `stamps`, where it tells when (CLOCK_MONOTONIC, ns): in [0] when it began, in [1 + i] when layer i was complete.
 XN_EXPORT int32_t xn_program_run(
     xn_pool* pool, const xn_node* nodes, int64_t num_nodes, const xn_step* step, int64_t rows, uint8_t* arena,
-    uint8_t* carry, xn_control* control, int64_t* position);
+    uint8_t* carry, xn_control* control, int64_t* stamps, int64_t* position);
 
 // ---- sample.cpp ----------------------------------------------------------------------------------------
 

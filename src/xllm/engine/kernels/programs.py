@@ -44,6 +44,13 @@ class StepPrograms(Protocol):
     def forget_layers(self) -> None:
         """Between two programs: `finished_layers` is 0 until the next one has finished a layer."""
 
+    def trace_layers(self, on: bool) -> None:
+        """Between two steps: fill `layer_stamps` from now on, or no more."""
+
+    @property
+    def layer_stamps(self) -> tuple[int, ...]:
+        """When the last step began and each of its layers ended, in ns of the monotonic clock; () unless asked."""
+
     def forward(self, sequences: Sequence[SequencePlan]) -> Buffer | None:
         """The hidden states of the rows that yield logits, in order; they stay until the next call.
         None: the step has to be run eagerly, and nothing was done."""

@@ -89,6 +89,16 @@ class ModelRunner:
         if self.programs is not None:
             self.programs.forget_layers()
 
+    def trace_layers(self, on: bool) -> None:
+        """Between two steps: tell in `layer_stamps` when layers end, where steps are replayed."""
+        if self.programs is not None:
+            self.programs.trace_layers(on)
+
+    def layer_stamps(self) -> tuple[int, ...]:
+        """Of the last step that was collected or executed: when its forward pass began and when each of its
+        layers was complete, in ns of the monotonic clock; () where nobody told."""
+        return () if self.programs is None else self.programs.layer_stamps
+
     def kv_memory(self, shared: SharedPages | None = None) -> KVMemory | None:
         raw = [self._ops.page_memory(pages) for pages in self._kv.groups]
         known = [pages for pages in raw if pages is not None]

@@ -13,7 +13,7 @@ from typing import Any
 from xllm.engine.kernels.native.isa import cpu_flags, find_library, usable
 from xllm.errors import InternalError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ERROR_MEMORY = 1
 STOPPED = 3
 """No error: a program came to the end of a layer and was asked to stop there."""
@@ -66,7 +66,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "xn_step_create": (_P, (_P, _L)),
     "xn_step_destroy": (None, (_P,)),
     "xn_step_set": (_I, (_P, _P, _L, _L)),
-    "xn_program_run": (_I, (_P, _P, _L, _P, _L, _P, _P, _P, _P)),
+    "xn_program_run": (_I, (_P, _P, _L, _P, _L, _P, _P, _P, _P, _P)),
     "xn_sample_bytes": (_L, (_P, _L)),
     "xn_sample": (_I, (_P, _P, _L, _L, _P, _P, _P, _P)),
 }

@@ -20,7 +20,7 @@ from xllm.engine.kernels.native.fusion import fuse
 from xllm.engine.kernels.native.handles import Array, Matrix, Pages, Rows, aligned
 from xllm.engine.kernels.native.library import STOPPED, check
 from xllm.engine.kernels.native.program import Program
-from xllm.engine.kernels.native.recording import Recording, Value
+from xllm.engine.kernels.native.recording import Op, Recording, Value
 from xllm.engine.kernels.ops import F32, Buffer
 from xllm.engine.kernels.programs import ProgramCounters
 from xllm.engine.plan import SequencePlan
@@ -113,6 +113,9 @@ class Programs:
         self._steps: dict[int, Program] = {}
         self._heads: dict[int, tuple[Program, F32]] = {}
         self._replays = self._eager = self._stops = 0
+        self._num_layers = max((1 + n.layer for n in forward.nodes if n.op is Op.END_LAYER), default=0)
+        self._stamps: Any = None
+        self.layer_stamps: tuple[int, ...] = ()
         self.on_stop: StopHook | None = None
 
     @property
@@ -122,6 +125,13 @@ class Programs:
     def forget_layers(self) -> None:
         """Between two steps: the word speaks of none."""
         self.control.finished_layers = 0
+
+    def trace_layers(self, on: bool) -> None:
+        self._stamps = self.new_stamps() if on else None
+        self.layer_stamps = ()
+
+    def new_stamps(self) -> Any:
+        return (ctypes.c_int64 * (1 + self._num_layers))()
 
     @property
     def counters(self) -> ProgramCounters:
@@ -147,6 +157,8 @@ class Programs:
         address, count = words.buffer_info()
         check(self._lib.xn_step_set(self._step, address, count, len(sequences)))
         self._run(program, self._step, 0, self._carry.ptr)
+        if self._stamps is not None:
+            self.layer_stamps = tuple(self._stamps)
         width = self._hidden.width
         return Buffer(Rows(self._carry.ptr, num_logit_rows, width, width, self._carry.array, None))
 
@@ -165,7 +177,8 @@ class Programs:
         while True:
             code = self._lib.xn_program_run(
                 self._pool, program.ptr, program.num_nodes, step, rows, self._arena.ptr, carry,
-                self._control_ptr if step is not None else None, self._position_ptr,
+                self._control_ptr if step is not None else None, self._stamps if step is not None else None,
+                self._position_ptr,
             )  # fmt: skip
             if code != STOPPED:
                 check(code)
