@@ -97,8 +97,9 @@ class StepJob(Protocol):
     """A step under way. The oldest one is waited for: `logits` and `go_on` for each slice that asks, in
     order, then `finish`. These raise what the forward pass raises; the step is over then."""
 
-    def logits(self) -> F32:
-        """Of the next slice that asks, cut to the vocabulary; until `go_on` the step rests."""
+    def logits(self) -> F32 | None:
+        """Of the next slice that asks, cut to the vocabulary; until `go_on` the step rests.
+        None: it is over, and nothing of it was run, because the step before it failed."""
 
     def go_on(self, first: int, tokens: Sequence[int]) -> None:
         """These were drawn, where those of the slice begin: the `first` is counted over all slices."""
@@ -107,7 +108,7 @@ class StepJob(Protocol):
         """It rests, and the caller fails: the step is over."""
 
     def finish(self) -> bool:
-        """Wait for the end. False: nothing of it was run, because the step before it failed."""
+        """Wait for the end. False: as None above."""
 
     def drawn(self, index: int) -> list[Drawn]:
         """Of a slice that does not ask."""

@@ -151,15 +151,20 @@ class QueuedRunner(ModelRunner):
             raise step.error
         if step.job is None:
             return super().execute(step.plan)
-        return self._finish(step, step.job)
+        self._num_forwards += bool(step.plan.sequences)
+        result = self._finish(step, step.job)
+        if result.dropped:
+            self._num_forwards -= bool(step.plan.sequences)
+        return result
 
     def _finish(self, step: _Step, job: StepJob) -> StepResult:
         results = [Partial(s) for s in step.plan.sequences]
         first = 0
-        self._num_forwards += bool(results)
         for indices, pieces, part in zip(step.draws, step.pieces, step.slices, strict=True):
             if part.asks:
                 logits = job.logits()
+                if logits is None:
+                    return _dropped(step.plan)
                 try:
                     self._sample(results, pieces, logits)
                 except BaseException:
@@ -168,7 +173,6 @@ class QueuedRunner(ModelRunner):
                 job.go_on(first, _tokens([results[i] for i in indices], part))
             first += sum(len(row.op.choices) for row in part.rows)
         if not job.finish():
-            self._num_forwards -= bool(results)
             return _dropped(step.plan)
         for i, (indices, part) in enumerate(zip(step.draws, step.slices, strict=True)):
             if not part.asks:

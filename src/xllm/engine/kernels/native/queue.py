@@ -1,7 +1,7 @@
 """Steps of recorded programs on a thread of the library's own: the next is handed over while one runs.
 
-Implements `kernels.programs.StepJobs` over `xn_queue`. Owns what two steps under way do not share; arena, carry
-and control are those of `Programs`. What must not live here: what a row asks of the sampler, tokens' fate.
+Implements `kernels.programs.StepJobs` over `xn_queue`. Owns what two steps under way do not share; arena,
+carry and control are those of `Programs`. What must not live here: what a row asks of the sampler, tokens' fate.
 """
 
 from __future__ import annotations
@@ -55,9 +55,8 @@ class NativeJob:
     def asks_with(self, logits: F32) -> None:
         self._asking.append(logits)
 
-    def logits(self) -> F32:
-        self._queue.wait_for(self, ASKS)
-        return self._asking.popleft()
+    def logits(self) -> F32 | None:
+        return None if self._queue.wait_for(self, ASKS) == DROPPED else self._asking.popleft()
 
     def go_on(self, first: int, tokens: Sequence[int]) -> None:
         self.tokens[first : first + len(tokens)] = tokens
