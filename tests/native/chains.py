@@ -41,7 +41,7 @@ class Line:
 
 
 class Chain:
-    """Everything a scheduler would decide, decided at once: all lines go on as far as they can in each plan."""
+    """What a scheduler would decide, decided at once: all lines go on as far as they can in each plan."""
 
     def __init__(self, runner: QueuedRunner, num_pages: int, tapped: bool = True) -> None:
         self.runner = runner

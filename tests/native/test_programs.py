@@ -242,7 +242,7 @@ def test_the_words_of_a_step_must_be_as_many_as_they_say() -> None:
     ]  # fmt: skip
     for words, refused in [(good, False), *((w, True) for w in spoilt)]:
         array = np.array(words, dtype=np.int64)
-        code = programs._lib.xn_step_set(programs._step, array.ctypes.data, len(words), 1)
+        code = programs.library.xn_step_set(programs._step, array.ctypes.data, len(words), 1)
         assert bool(code) == refused, words
 
 

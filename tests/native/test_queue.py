@@ -91,7 +91,8 @@ def test_a_queued_chain_equals_the_executed_one(runner: QueuedRunner, params, ta
     expected = started(runner, list(params.values()), tapped).execute()
     pages = [expected.pages_of(line).copy() for line in expected.lines]
     found = started(runner, list(params.values()), tapped).queue()
-    assert found.num_pending >= 4 * len(params) and expected.num_pending == 0
+    assert found.num_pending >= 4 * len(params)
+    assert expected.num_pending == 0
     assert_equal(found, expected)
     if len(runner.kv_layout.groups) == 1 and "two" not in params:
         assert all(np.array_equal(a, found.pages_of(b)) for a, b in zip(pages, found.lines, strict=True))
@@ -145,7 +146,8 @@ def test_a_step_that_fails_drops_the_one_behind_it() -> None:
     chain.lines[1].tokens = chain.lines[1].prompt = [VOCABULARY + 64] * 3
     first = chain.plan()
     behind = chain.plan()
-    assert first is not None and behind is not None
+    assert first is not None
+    assert behind is not None
     pool = runner._kv.groups[0].array
     pool[90] = 7
     runner.submit(first)
@@ -241,8 +243,8 @@ def test_the_arena_may_grow_while_a_step_is_under_way() -> None:
 
 @pytest.mark.parametrize("closes", [True, False])
 def test_a_queue_ends_with_steps_under_way(closes: bool) -> None:
-    runner = make()
     for tapped in (False, True):
+        runner = make()
         chain = started(runner, [GREEDY, GREEDY], tapped)
         runner.submit(chain.plan())  # type: ignore[arg-type]
         runner.submit(chain.plan())  # type: ignore[arg-type]
@@ -251,7 +253,6 @@ def test_a_queue_ends_with_steps_under_way(closes: bool) -> None:
             runner.close()
         del chain, runner
         gc.collect()
-        runner = make()
 
 
 def test_steps_beyond_every_bucket_run_in_their_turn() -> None:
@@ -337,14 +338,16 @@ def test_stamps_words_and_counters_of_queued_steps(runner: QueuedRunner) -> None
     finally:
         runner.trace_layers(False)
     times = [t for r in chain.results for t in (r.began_s, r.ended_s)]
-    assert times == sorted(times) and times[0] > 0
+    assert times == sorted(times)
+    assert times[0] > 0
     last = chain.results[-1]
     assert [last.began_s, *stamps, last.ended_s] == sorted([last.began_s, *stamps, last.ended_s])
     assert len(stamps) == 1 + runner._arch.num_layers == 1 + runner.finished_layers
     assert runner.num_forwards == before + len(chain.results)
     executed = started(runner, [GREEDY], tapped=False).execute().results
     times = [t for r in executed for t in (r.began_s, r.ended_s)]
-    assert times == sorted(times) and times[0] > 0
+    assert times == sorted(times)
+    assert times[0] > 0
 
 
 def test_a_queue_of_other_programs_is_refused() -> None:
