@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -186,6 +187,23 @@ def test_a_stop_that_nobody_waits_for_is_taken_back(stoppable) -> None:
     assert programs_of(runner).counters.stops == before + 1
 
 
+def test_a_traced_step_tells_when_each_layer_ended(stoppable) -> None:
+    runner, expected = stoppable
+    assert runner.layer_stamps() == ()
+    runner.trace_layers(True)
+    began_ns = time.monotonic_ns()
+    try:
+        assert_same(stopped_run(runner, lambda layers: None), expected)
+        stamps = runner.layer_stamps()
+        assert len(stamps) == 1 + runner._arch.num_layers
+        told = [began_ns, *stamps, time.monotonic_ns()]
+        assert told == sorted(told)
+    finally:
+        runner.trace_layers(False)
+    stopped_run(runner, lambda layers: None)
+    assert runner.layer_stamps() == ()
+
+
 def _unknown_token(driver: Driver, seq: Seq) -> None:
     seq.tokens[30] = VOCABULARY + 64
 
@@ -224,7 +242,7 @@ def test_the_words_of_a_step_must_be_as_many_as_they_say() -> None:
     ]  # fmt: skip
     for words, refused in [(good, False), *((w, True) for w in spoilt)]:
         array = np.array(words, dtype=np.int64)
-        code = programs._lib.xn_step_set(programs._step, array.ctypes.data, len(words), 1)
+        code = programs.library.xn_step_set(programs._step, array.ctypes.data, len(words), 1)
         assert bool(code) == refused, words
 
 
