@@ -170,7 +170,7 @@ class Pair:
     def check_load(engine: NullEngine) -> None:
         """What routers are told equals what a walk over all sequences finds."""
         scheduler = engine.core.scheduler
-        sequences = [*scheduler._waiting, *scheduler._running]
+        sequences = scheduler.sequences
         told = scheduler.snapshot()
         assert told.backlog_tokens == sum(s.behind for s in sequences if s.behind > 1)
         assert told.decode_context == sum(len(s.tokens) for s in sequences if s.behind <= 1)
