@@ -138,6 +138,9 @@ class EngineCore:
         self.scheduler.absorb(plan, result)
         if not result.dropped:
             self.mover.after_step(result.rerun)
+        if result.rerun:
+            # What was handed over behind it is dropped. At once, or the next plan would build upon it.
+            self.quiesce()
 
     def quiesce(self) -> None:
         """Until no step is under way."""
