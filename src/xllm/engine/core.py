@@ -98,7 +98,7 @@ class EngineCore:
         while self._events:
             self.mover.on_event(self._events.popleft(), now_s)
         self.mover.tick(now_s)
-        plan = self.scheduler.plan(now_s)
+        plan = self.scheduler.plan(now_s, self._pace.cost)
         if self.keeper is not None and self.keeper.num_due:
             # Now, since what the last step brought is on its way to its readers. In proportion to the step.
             self.keeper.write(None if plan is None else 1 + plan.num_rows // PAGE_SIZE)

@@ -12,12 +12,14 @@ from collections.abc import Iterable
 from operator import attrgetter
 
 from xllm.config import SchedulerConfig
+from xllm.cost import StepCost
 from xllm.engine.kvtransfer.base import Manifest, Slots
 from xllm.engine.memory.manager import PageManager, PageTable
 from xllm.engine.plan import PageCopy, SampleOp, SequencePlan, StepPlan, StepResult
 from xllm.engine.request import Request, Sequence, SequenceState
 from xllm.engine.sampling import needs_history
 from xllm.engine.scheduler.absorb import apply_result
+from xllm.engine.scheduler.budget import step_budget
 from xllm.engine.scheduler.claim import claim_pages
 from xllm.engine.scheduler.counters import Counters
 from xllm.engine.scheduler.deadlines import DEADLINE_PASSED, Deadlines
@@ -141,8 +143,8 @@ class Scheduler:
 
     # -- plan ---------------------------------------------------------------------------------
 
-    def plan(self, now_s: float) -> StepPlan | None:
-        """The next step, or None when nothing can run now."""
+    def plan(self, now_s: float, cost: StepCost | None = None) -> StepPlan | None:
+        """The next step, or None when nothing can run now. `cost` is what steps are known to take."""
         self._planned = {}
         self._planned_s = now_s
         for request in self._deadlines.passed(now_s):
@@ -154,6 +156,8 @@ class Scheduler:
         late = [s for s in ready if len(s.tokens) - s.num_computed > 1]
         if late:
             ready = [s for s in ready if len(s.tokens) - s.num_computed <= 1] + late
+        if (late or self._waiting) and self._config.enable_step_time_budget:
+            budget = min(budget, self._step_budget(cost, ready[: len(ready) - len(late)], late))
         entries: list[SequencePlan] = []
         for seq in ready:
             budget -= self._schedule(seq, budget, entries)
@@ -169,6 +173,14 @@ class Scheduler:
         self._step += 1
         copies, self._copies = tuple(self._copies), []
         return StepPlan(step=self._step, sequences=alive, copies=copies)
+
+    def _step_budget(self, cost: StepCost | None, drawing: list[Sequence], late: list[Sequence]) -> int:
+        """All rows of a step whose prompts leave the streams beside them their time per token."""
+        if not self._config.enable_chunked_prefill:
+            return self._max_rows  # a prompt is one piece, however long
+        streams = ((len(s.tokens), self._owner[s.seq_id].spec.slo.tpot_ms) for s in drawing)
+        start = late[0].num_computed if late else 0
+        return len(drawing) + step_budget(cost, streams, max_rows=self._max_rows, start=start)
 
     def _schedule(self, seq: Sequence, budget: int, entries: list[SequencePlan]) -> int:
         """Plan rows of `seq` if budget and pages allow; the number of rows taken."""
