@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import logging
 import random
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,7 +89,40 @@ GPU = Machine(
     ),
     bytes_per_s=20e9,
 )
-MACHINES = {"cpu": CPU, "gpu": GPU}
+PACED = Machine(
+    # What the processes of benchmarks/load_shift.py take by default.
+    step=StepCost((8.0, 0.25, 0.0, 0.5, 0.0005)),
+    slo=SLO(ttft_ms=1500.0, tpot_ms=30.0),
+    page_bytes=1_474_560,
+    chunk=512,
+    small_chunk=64,
+    max_num_seqs=64,
+    phases=(
+        LoadPhase(name="prompts", lasts_s=20.0, rate=1.375, prompt_len=1500, output_len=16, spread=0.3),
+        LoadPhase(name="decoding", lasts_s=20.0, rate=2.5, prompt_len=120, output_len=240, spread=0.3),
+        LoadPhase(name="prompts again", lasts_s=20.0, rate=1.375, prompt_len=1500, output_len=16, spread=0.3),
+    ),
+    bytes_per_s=3e9,
+)
+MACHINES = {"cpu": CPU, "gpu": GPU, "paced": PACED}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """How a load differs from its machine's own: factors."""
+
+    rate: float = 1.0
+    prompt_len: float = 1.0
+    output_len: float = 1.0
+
+
+LOADS = {
+    "usual": Shape(),
+    "mild": Shape(rate=0.7),
+    "hard": Shape(rate=1.2),
+    "short prompts": Shape(rate=1.4, prompt_len=0.4),
+    "long answers": Shape(rate=0.8, prompt_len=0.8, output_len=2.0),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +134,7 @@ class Policy:
     router: str = "slo-aware"
     adaptive: bool = False
     small_chunks: bool = False
+    has_budget: bool = True
 
 
 def policies(num_instances: int) -> list[Policy]:
@@ -106,9 +142,16 @@ def policies(num_instances: int) -> list[Policy]:
     splits = sorted({1, half, num_instances - 1})
     found = [
         Policy(name="mixed, slo-aware", roles="M" * num_instances),
+        Policy(name="mixed, slo-aware, no budget", roles="M" * num_instances, has_budget=False),
         Policy(name="mixed, slo-aware, small chunks", roles="M" * num_instances, small_chunks=True),
         Policy(name="mixed, round-robin", roles="M" * num_instances, router="round-robin"),
         Policy(name="mixed, least-load", roles="M" * num_instances, router="least-load"),
+        Policy(
+            name="mixed, least-load, no budget",
+            roles="M" * num_instances,
+            router="least-load",
+            has_budget=False,
+        ),
         Policy(
             name="mixed, least-load, small chunks",
             roles="M" * num_instances,
@@ -190,22 +233,25 @@ COLUMNS = {
 """What is printed: field of Outcome and digits behind the point."""
 
 
-def run_policy(machine: Machine, policy: Policy, seed: int, scale: float = 1.0) -> Outcome:
+def run_policy(
+    machine: Machine, policy: Policy, seed: int, scale: float = 1.0, shape: Shape = LOADS["usual"]
+) -> Outcome:
     begun_s = time.perf_counter()
-    outcome = run_virtual(_run(machine, policy, seed, scale))
+    outcome = run_virtual(_run(machine, policy, seed, scale, shape))
     outcome.took_s = time.perf_counter() - begun_s
     return outcome
 
 
-async def _run(machine: Machine, policy: Policy, seed: int, scale: float) -> Outcome:
+async def _run(machine: Machine, policy: Policy, seed: int, scale: float, load: Shape) -> Outcome:
     num = len(policy.roles)
     phases = [
         LoadPhase(
             name=p.name,
             lasts_s=p.lasts_s * scale,
-            rate=p.rate * num,
-            prompt_len=p.prompt_len,
-            output_len=p.output_len,
+            rate=p.rate * num * load.rate,
+            prompt_len=round(p.prompt_len * load.prompt_len),
+            output_len=round(p.output_len * load.output_len),
+            spread=p.spread,
         )
         for p in machine.phases
     ]
@@ -224,6 +270,7 @@ async def _run(machine: Machine, policy: Policy, seed: int, scale: float) -> Out
             max_num_seqs=machine.max_num_seqs,
             max_num_batched_tokens=machine.small_chunk if policy.small_chunks else machine.chunk,
             max_num_queued_reqs=4096,
+            enable_step_time_budget=policy.has_budget,
         ),
         step_time=machine.step,
         max_model_len=MAX_MODEL_LEN,
@@ -276,39 +323,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--machine", nargs="+", default=list(MACHINES), choices=list(MACHINES))
     parser.add_argument("--instances", type=int, nargs="+", default=[4])
+    parser.add_argument("--loads", nargs="+", default=list(LOADS), choices=list(LOADS))
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="length of the phases, as a factor")
     parser.add_argument("--only", default="", help="policies whose name contains this")
     parser.add_argument("--flips", action="store_true", help="print each change of a role")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    logging.disable(logging.CRITICAL)
     rows: list[dict[str, object]] = []
-    for name in args.machine:
-        for num in args.instances:
-            print(f"\n{name}, {num} instances, {args.seeds} seeds", flush=True)
-            head = (
-                "kept",
-                "ttft",
-                "tpot",
-                "goodput",
-                "p90 ttft",
-                "p90 tpot",
-                "lost",
-                "flips",
-                "moves",
-                "run s",
-            )
-            print(f"{'policy':34}" + "".join(f"{h:>9}" for h in head) + "   kept by phase", flush=True)
-            for policy in policies(num):
-                if args.only not in policy.name:
-                    continue
-                runs = [run_policy(MACHINES[name], policy, seed, args.scale) for seed in range(args.seeds)]
-                rows.append(
-                    {"machine": name, "instances": num, "policy": policy.name, **show(policy.name, runs)}
-                )
+    cases = itertools.product(args.machine, args.loads, args.instances)
+    with ProcessPoolExecutor(args.jobs, initializer=_be_quiet) as pool:
+        for name, load, num in cases:
+            chosen = [p for p in policies(num) if args.only in p.name]
+            runs = [
+                [
+                    pool.submit(run_policy, MACHINES[name], policy, seed, args.scale, LOADS[load])
+                    for seed in range(args.seeds)
+                ]
+                for policy in chosen
+            ]
+            print(f"\n{name}, {load}, {num} instances, {args.seeds} seeds", flush=True)
+            print(f"{'policy':34}" + "".join(f"{h:>9}" for h in COLUMNS) + "   kept by phase", flush=True)
+            for policy, futures in zip(chosen, runs, strict=True):
+                outcomes = [future.result() for future in futures]
+                case = {"machine": name, "load": load, "instances": num, "policy": policy.name}
+                rows.append({**case, **show(policy.name, outcomes)})
+                if args.flips:
+                    print("\n".join(flip for outcome in outcomes for flip in outcome.flips), flush=True)
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1))
+
+
+def _be_quiet() -> None:
+    logging.disable(logging.CRITICAL)
 
 
 def show(name: str, runs: Sequence[Outcome]) -> dict[str, object]:

@@ -62,6 +62,9 @@ class SchedulerConfig:
     max_num_seqs: int = option(64, "sequences that run at once")
     max_num_batched_tokens: int = option(512, "rows computed in one step")
     enable_chunked_prefill: bool = option(True, "off: a prompt is computed in one piece")
+    enable_step_time_budget: bool = option(
+        True, "beside running streams, prompts get the rows that keep the streams' time per token", has_flag=False
+    )
     scheduling_policy: str = option("fcfs", "fcfs, priority, or an entry point of xllm.scheduler_orders")
     async_scheduling: Literal["auto", "on", "off"] = option(
         "auto", "plan the next step while one runs; auto = where the platform can run them back to back"
@@ -167,8 +170,8 @@ class FrontConfig:
         "static", "static: roles stay as started; adaptive: they follow the load", has_flag=False
     )
     role_period_s: float = option(1.0, "seconds between two looks at the roles", has_flag=False)
-    slo_ttft_ms: float = option(1000.0, "time to first token that roles are controlled for", has_flag=False)
-    slo_tpot_ms: float = option(100.0, "time per further token that roles are controlled for", has_flag=False)
+    slo_ttft_ms: float = option(1000.0, "time to first token of requests that ask for none", has_flag=False)
+    slo_tpot_ms: float = option(100.0, "time per further token of requests that ask for none", has_flag=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -109,7 +109,7 @@ class EngineCore:
         """Plan a step and hand it over, behind the one under way if there is one; False = there is none."""
         if self.steps and not self.may_plan_ahead:
             return False
-        plan = self.scheduler.plan(self.clock.monotonic_s())
+        plan = self.scheduler.plan(self.clock.monotonic_s(), self.steps.pace.cost)
         is_idle = plan is None and not self.steps
         if self.keeper is not None and self.keeper.num_due:
             # Now, since what the last step brought is on its way to its readers. In proportion to the step.

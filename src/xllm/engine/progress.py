@@ -46,11 +46,11 @@ class StepProgress:
 class Pace:
     """How long this engine's steps take, learnt from its own."""
 
-    __slots__ = ("_cost", "_fitter", "_num_steps", "coefficients", "error", "half")
+    __slots__ = ("_fitter", "_num_steps", "coefficients", "cost", "error", "half")
 
     def __init__(self) -> None:
         self._fitter = CostFitter()
-        self._cost: StepCost | None = None
+        self.cost: StepCost | None = None
         self._num_steps = 0
         self.coefficients: tuple[float, ...] = ()
         self.half: tuple[float, ...] = ()
@@ -58,16 +58,16 @@ class Pace:
 
     def predict_ms(self, shape: Shape) -> float:
         """0 = not known yet."""
-        return 0.0 if self._cost is None else self._cost.step_ms(*shape)
+        return 0.0 if self.cost is None else self.cost.step_ms(*shape)
 
     def observe(self, shape: Shape, elapsed_ms: float) -> None:
         self._fitter.observe(*shape, elapsed_ms)
         self._num_steps += 1
         if self._num_steps % COST_EVERY == 0:
-            self._cost, half = self._fitter.cost(), self._fitter.half()
+            self.cost, half = self._fitter.cost(), self._fitter.half()
             self.half = () if half is None else half.coefficients
-            if self._cost is not None:
-                self.coefficients, self.error = self._cost.coefficients, self._fitter.error
+            if self.cost is not None:
+                self.coefficients, self.error = self.cost.coefficients, self._fitter.error
 
 
 def shape_of(plan: StepPlan) -> Shape:

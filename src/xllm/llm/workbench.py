@@ -121,7 +121,7 @@ class Workbench:
     ) -> Job:
         checked = default_sampling_params(self.card) if params is None else typed_params(params)
         draft = RequestDraft(
-            model=self.card.model_id, prompt_token_ids=ids, params=checked, priority=priority
+            model=self.card.model_id, prompt_token_ids=ids, params=checked, priority=priority, cls="offline"
         )
         return Job(text, draft)
 

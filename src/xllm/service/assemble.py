@@ -13,11 +13,14 @@ from xllm.limits import validate_spec
 from xllm.service.bad_words import bad_word_ids
 from xllm.service.draft import RequestDraft
 from xllm.text.assets import TextAssets
-from xllm.types import ModelCard, RequestSpec, TokenSegment
+from xllm.types import SLO, ModelCard, RequestSpec, TokenSegment
 
 
-def assemble(draft: RequestDraft, card: ModelCard, text: TextAssets) -> RequestSpec:
-    """The accepted request. Raises RequestError with the JSON path of what is wrong."""
+def assemble(draft: RequestDraft, card: ModelCard, text: TextAssets, usual: SLO = SLO()) -> RequestSpec:
+    """The accepted request. Raises RequestError with the JSON path of what is wrong.
+
+    `usual` objectives hold where an online request asks for none: routers and engines then need no second rule.
+    """
     params = draft.params
     num_prompt = len(draft.prompt_token_ids)
     max_tokens = params.max_tokens
@@ -34,7 +37,7 @@ def assemble(draft: RequestDraft, card: ModelCard, text: TextAssets) -> RequestS
         adapter=draft.adapter,
         cls=draft.cls,
         priority=draft.priority,
-        slo=draft.slo,
+        slo=draft.slo if draft.cls == "offline" else _objectives(draft.slo, usual),
         deadline_ms=draft.deadline_ms,
         tenant=draft.tenant,
         cache_salt=draft.cache_salt,
@@ -47,4 +50,10 @@ def assemble(draft: RequestDraft, card: ModelCard, text: TextAssets) -> RequestS
     banned = bad_word_ids(text.tokenizer, tuple(params.bad_words))
     return msgspec.structs.replace(
         spec, params=msgspec.structs.replace(spec.params, bad_words_token_ids=banned)
+    )
+
+
+def _objectives(asked: SLO, usual: SLO) -> SLO:
+    return SLO(
+        ttft_ms=asked.ttft_ms or usual.ttft_ms, tpot_ms=asked.tpot_ms or usual.tpot_ms, ttlt_ms=asked.ttlt_ms
     )

@@ -37,7 +37,7 @@ from xllm.service.snapshot import FrontObserver, FrontSnapshot, InstanceSnapshot
 from xllm.service.stream import Delta
 from xllm.service.tally import Tally
 from xllm.text.assets import TextAssets
-from xllm.types import ModelCard, RequestSpec
+from xllm.types import SLO, ModelCard, RequestSpec
 from xllm.wire.messages import Moved, Ready
 from xllm.wire.stream import EngineStream
 
@@ -58,6 +58,7 @@ class Front:
         observer: FrontObserver | None = None,
     ) -> None:
         self._config = config
+        self._usual_slo = SLO(ttft_ms=config.slo_ttft_ms, tpot_ms=config.slo_tpot_ms)
         self._clock = clock
         self._observer = observer if observer is not None else NullObserver()
         self._catalogue = Catalogue()
@@ -217,14 +218,14 @@ class Front:
     def check(self, draft: RequestDraft) -> None:
         """Whether the draft could be submitted if there were room; raises as `submit` and holds nothing."""
         card = self._catalogue.serving(draft.model)[0].card
-        assemble(draft, card, self._catalogue.text(draft.model))
+        assemble(draft, card, self._catalogue.text(draft.model), self._usual_slo)
 
     def _submit(self, draft: RequestDraft) -> LiveRequest:
         if self._draining:
             raise UnavailableError("the server is shutting down", code="draining")
         candidates = self._catalogue.serving(draft.model)
         text = self._catalogue.text(draft.model)
-        spec = assemble(draft, candidates[0].card, text)
+        spec = assemble(draft, candidates[0].card, text, self._usual_slo)
         ask, loads, now_s = Ask.of(spec), load_views(candidates), self._clock.monotonic_s()
         self._admission.admit(ask, loads, now_s)
         try:

@@ -8,9 +8,11 @@ somebody waits until that step is absorbed, when it is decided as if steps never
 from __future__ import annotations
 
 from xllm.config import SchedulerConfig
+from xllm.cost import StepCost
 from xllm.engine.plan import SequencePlan, StepPlan
 from xllm.engine.request import Request, Sequence, SequenceState
 from xllm.engine.scheduler.books import Books, rank_of
+from xllm.engine.scheduler.budget import step_budget
 from xllm.engine.scheduler.deadlines import DEADLINE_PASSED, Deadlines
 from xllm.engine.scheduler.entries import make_entry, table_of
 from xllm.types import PAGE_SIZE, FinishReason
@@ -51,14 +53,14 @@ class Planner:
         # The entries so far. Who is preempted for the sake of another one leaves it.
         self._draft: dict[int, tuple[Sequence, SequencePlan]] = {}
 
-    def plan(self, now_s: float) -> StepPlan | None:
+    def plan(self, now_s: float, cost: StepCost | None = None) -> StepPlan | None:
         books = self._books
         for request in self._deadlines.passed(now_s):
             books.end_request(request, FinishReason.ERROR, DEADLINE_PASSED)
         self._is_ahead = len(books.flights) > 0
         self._draft = {}
         try:
-            self._fill(self._step_budget(), now_s)
+            self._fill(cost, now_s)
         except _NotAheadError:
             return None
         if not self._draft:
@@ -70,20 +72,31 @@ class Planner:
         books.flights.begin(plan, {seq_id: seq for seq_id, (seq, _) in self._draft.items()}, now_s)
         return plan
 
-    def _step_budget(self) -> int:
-        """Rows of the step, at most. The one place where that is decided."""
-        return self.max_rows
+    def _step_budget(self, cost: StepCost | None, drawing: list[Sequence], late: list[Sequence]) -> int:
+        """All rows of a step whose prompts leave the streams beside them their time per token."""
+        config = self._config
+        if not config.enable_step_time_budget or not config.enable_chunked_prefill:
+            return self.max_rows  # a prompt that is one piece cannot be bounded
+        if not late and not self._books.waiting:
+            return self.max_rows
+        owner = self._books.owner
+        streams = ((len(s.tokens) + s.drawing, owner[s.seq_id].spec.slo.tpot_ms) for s in drawing)
+        start = late[0].num_computed + late[0].in_flight if late else 0
+        rows = len(drawing) + step_budget(cost, streams, max_rows=self.max_rows, start=start)
+        return min(self.max_rows, rows)
 
-    def _fill(self, budget: int, now_s: float) -> None:
+    def _fill(self, cost: StepCost | None, now_s: float) -> None:
         counters = self._books.counters
         num_preemptions = counters.num_preemptions
         # Sequences with one row to go first: a long prompt must not delay running streams.
         ready = [s for s in self._books.running if not (s.held or s.out_of_credit)]
         late = [s for s in ready if len(s.tokens) + s.drawing - s.num_computed - s.in_flight > 1]
+        drawing = ready
         if late:
             behind = set(map(id, late))
-            ready = [s for s in ready if id(s) not in behind] + late
-        for seq in ready:
+            drawing = [s for s in ready if id(s) not in behind]
+        budget = self._step_budget(cost, drawing, late)
+        for seq in (*drawing, *late):
             budget -= self._schedule(seq, budget)
         # Right after a preemption pages are short: admitting now would only preempt again. Unless nothing is
         # left to run: without a plan the step thread waits for news, and none need come.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from xllm.config import SchedulerConfig
+from xllm.cost import StepCost
 from xllm.engine.kvtransfer.base import Manifest, Slots
 from xllm.engine.memory.manager import PageManager
 from xllm.engine.plan import StepPlan, StepResult
@@ -116,13 +117,13 @@ class Scheduler:
 
     # -- steps --------------------------------------------------------------------------------
 
-    def plan(self, now_s: float) -> StepPlan | None:
-        """The next step, or None when nothing can run now.
+    def plan(self, now_s: float, cost: StepCost | None = None) -> StepPlan | None:
+        """The next step, or None when nothing can run now. `cost` is what steps are known to take.
 
         Behind a step that is not absorbed yet, None may also mean that what comes next has to be decided with
         nothing under way. Plans are absorbed in the order in which they were made.
         """
-        return self._planner.plan(now_s)
+        return self._planner.plan(now_s, cost)
 
     def absorb(self, plan: StepPlan, result: StepResult) -> None:
         """Advance every planned sequence; output and terminal events become frames."""

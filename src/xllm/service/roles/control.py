@@ -43,7 +43,7 @@ class ControlState:
     num_seen: int = 0
     idle_since_s: dict[str, float] = field(default_factory=dict)
     num_decoding: float = 0.0
-    decode_context: float = 0.0
+    draws_per_ms: float = 0.0
     """Smoothed: streams come and go faster than roles should."""
     switched_s: dict[str, list[float]] = field(default_factory=dict)
     """When each instance was switched here, of late."""
@@ -63,7 +63,7 @@ def tick(
     lacking = next((p for p in sorted(MIXED) if not any(p in v.load.phases for v in views)), None)
     if lacking is not None:
         return _repaired(views, lacking)
-    work = _smoothed(_calibrated(views, work_of([v.load for v in views], demand)), state)
+    work = _smoothed(_calibrated(views, work_of([v.load for v in views], demand, [v.tpot_ms for v in views])), state)
     now = split_of(views)
     present = _as_seen(views, outlook(now, work, limits.ttft_ms, limits.tpot_ms), limits)
     danger = _danger(views, present, state, now_s)
@@ -140,10 +140,10 @@ def _calibrated(views: Sequence[RoleView], work: Work) -> Work:
 
 def _smoothed(work: Work, state: ControlState) -> Work:
     """A rise counts at once, a fall with time: to have too few decoders hurts more than to have too many."""
-    for name in ("num_decoding", "decode_context"):
+    for name in ("num_decoding", "draws_per_ms"):
         now, before = getattr(work, name), getattr(state, name)
         setattr(state, name, max(now, before + _SMOOTH * (now - before)))
-    return replace(work, num_decoding=state.num_decoding, decode_context=state.decode_context)
+    return replace(work, num_decoding=state.num_decoding, draws_per_ms=state.draws_per_ms)
 
 
 def _as_seen(views: Sequence[RoleView], present: Outlook, limits: RoleLimits) -> Outlook:

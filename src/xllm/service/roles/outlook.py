@@ -1,7 +1,8 @@
 """What times a set of roles is predicted to give under the present demand: the model behind `control`.
 
 A fluid model over the fitted cost of a step: prompts share the instances that take them, streams those
-that decode, and on a mixed instance each step pays for both. Arithmetic only.
+that decode, and on a mixed instance each step pays for both, prompts within the streams' time per token
+(`cost.beside`). Arithmetic only.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xllm.cost import StepCost
+from xllm.cost.beside import AIM, MIN_SHARE
 from xllm.service.roles.monitor import Demand
 from xllm.service.router.base import InstanceView, RouterSnapshot
 from xllm.service.router.predict import STEP_ROWS, usual_cost
@@ -39,6 +41,7 @@ class Work:
 
     `arrival` is ms of prompts arriving per ms; `own_ms` one usual prompt; `backlog_ms` all that wait;
     `rows_ms` what a full step of prompt rows takes beyond an empty one.
+    `draws_per_ms` tokens are drawn, each of which takes `draw_ms` beside a step's constant part.
     `tpot_bias`: observed time per token by the predicted one.
     """
 
@@ -48,7 +51,8 @@ class Work:
     own_ms: float
     rows_ms: float
     num_decoding: float
-    decode_context: float
+    draws_per_ms: float
+    draw_ms: float
     pages_used: float
     pages_each: float
     tpot_bias: float = 1.0
@@ -67,13 +71,24 @@ class Outlook:
         return max(self.ttft, self.tpot, self.kv)
 
 
-def work_of(views: Sequence[InstanceView], demand: Demand) -> Work:
-    """Sums over all instances of a model. What engines say counts other fronts' work, too."""
+def work_of(
+    views: Sequence[InstanceView], demand: Demand, tpots_ms: Sequence[float | None] | None = None
+) -> Work:
+    """Sums over all instances of a model. What engines say counts other fronts' work, too. `tpots_ms` is the
+    time per token that each was seen to give, None = as predicted."""
     cost = usual_cost(RouterSnapshot(instances=tuple(views), turn=0))
     length = demand.prompt_len or USUAL_PROMPT_LEN
     own_ms = demand.ttft_bias * cost.prefill_ms(max(1, round(length)), max_rows=STEP_ROWS)
     ms_per_token = own_ms / max(1.0, length)
     backlog = sum(max(v.backlog_tokens, v.engine.backlog_tokens) for v in views)
+    num_decoding = sum(v.engine.num_decoding for v in views)
+    context = sum(max(v.context_tokens, v.engine.decode_context) for v in views)
+    _, _, _, c3, c4 = cost.coefficients
+    draws = 0.0
+    for view, tpot_ms in zip(views, tpots_ms or [None] * len(views), strict=True):
+        engine = view.engine
+        step_ms = tpot_ms or cost.decode_ms(engine.num_decoding, engine.decode_context)
+        draws += engine.num_decoding / max(_SMALLEST_MS, step_ms)
     totals = [v.engine.total_pages for v in views]
     return Work(
         cost=cost,
@@ -81,8 +96,9 @@ def work_of(views: Sequence[InstanceView], demand: Demand) -> Work:
         arrival=demand.prompt_tokens_per_s * ms_per_token / 1000.0,
         own_ms=own_ms,
         rows_ms=max(1e-6, ms_per_token * STEP_ROWS - cost.coefficients[0]),
-        num_decoding=sum(v.engine.num_decoding for v in views),
-        decode_context=sum(max(v.context_tokens, v.engine.decode_context) for v in views),
+        num_decoding=num_decoding,
+        draws_per_ms=draws,
+        draw_ms=c3 + c4 * context / max(1, num_decoding),
         pages_used=sum(v.engine.owned_pages for v in views),
         pages_each=sum(totals) / len(totals) if all(totals) and totals else 0.0,
     )
@@ -105,15 +121,21 @@ def outlook(split: Split, work: Work, ttft_slo_ms: float, tpot_slo_ms: float) ->
 def _served(
     split: Split, work: Work, ttft_slo_ms: float, tpot_slo_ms: float, *, num_mixed_decode: int
 ) -> Outlook:
-    """If of the mixed instances so many also decode."""
-    cost = work.cost
-    c0 = cost.coefficients[0]
+    """If of the mixed instances so many also decode.
+
+    Streams are counted by the tokens that they draw, not by their number: the same demand stands in more
+    streams where steps are longer. Of an instance's time, draws take `draws`, prompts what they have, and the
+    rest pays the constant part of each step; so a step lasts c0 ÷ (1 − draws − prompts).
+    """
+    c0 = max(_SMALLEST_MS, work.tpot_bias * work.cost.coefficients[0])
     num_decode = num_mixed_decode + split.num_decode
-    streams, context = work.num_decoding / num_decode, work.decode_context / num_decode
-    decode_ms = work.tpot_bias * cost.decode_ms(streams, context)
-    rows_ms = work.rows_ms
-    # Of a mixed instance's step, the part that goes to prompts while it also draws for its streams.
-    share = (c0 + rows_ms) / (rows_ms + max(c0, decode_ms))
+    draws = min(MAX_LOAD, work.tpot_bias * work.draw_ms * work.draws_per_ms / num_decode)
+    # What prompts get of a full step is the unit of capacity; of a mixed instance's time it is this:
+    full = work.rows_ms / (work.rows_ms + work.cost.coefficients[0])
+    decode_ms = c0 / (1.0 - draws)
+    aim_ms = min(AIM * tpot_slo_ms, c0 / (1.0 - draws) + work.rows_ms)
+    beside = max(1.0 - draws - c0 / aim_ms, MIN_SHARE / (1.0 + MIN_SHARE))
+    share = min(1.0, beside / full)
     num_pure = split.num_prefill + split.num_mixed - num_mixed_decode
     num_prefill = split.num_prefill + split.num_mixed
     capacity = num_pure + num_mixed_decode * share
@@ -125,10 +147,15 @@ def _served(
     # Prompts become streams: that none runs at this moment does not make their disturbance free.
     has_streams = work.num_decoding > 0 or work.arrival > 0
     if num_mixed_decode and has_streams:
-        tpot_ms += rows_ms * (1.0 if work.backlog_ms > work.own_ms * num_prefill else load)
+        longest_ms = max(aim_ms, (1.0 + MIN_SHARE) * decode_ms)
+        busy = 1.0 if work.backlog_ms > work.own_ms * num_prefill else load
+        tpot_ms += busy * (longest_ms - decode_ms)
     kv = work.pages_used / (num_decode * work.pages_each) / KV_LIMIT if work.pages_each else 0.0
     return Outlook(
         ttft=(wait_ms + own_ms) / ttft_slo_ms,
         tpot=tpot_ms / tpot_slo_ms if has_streams else 0.0,
         kv=kv,
     )
+
+
+_SMALLEST_MS = 1e-3

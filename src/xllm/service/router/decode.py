@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from xllm.config import FrontConfig
 from xllm.cost import StepCost
 from xllm.service.router.base import InstanceView, RequestView, RouterSnapshot
-from xllm.service.router.predict import MAX_EXPECTED_OUTPUT, STEP_ROWS, num_requests, usual_cost
+from xllm.service.router.predict import MAX_EXPECTED_OUTPUT, num_requests, rows_of_step, usual_cost
 from xllm.types import PAGE_SIZE
 
 MARGIN = 1.1
@@ -50,7 +50,7 @@ def choose_decode(
     limit_ms = request.slo.tpot_ms or config.slo_tpot_ms
 
     def tpot_ms(view: InstanceView) -> float:
-        return predicted_tpot_ms(request, view, cost, beside)
+        return predicted_tpot_ms(request, view, cost, limit_ms, beside)
 
     def keeps(view: InstanceView) -> bool:
         return has_pages(request, view) and MARGIN * tpot_ms(view) <= limit_ms
@@ -88,7 +88,7 @@ def usual_backlog(snapshot: RouterSnapshot) -> float:
 
 
 def predicted_tpot_ms(
-    request: RequestView, view: InstanceView, cost: StepCost, usual_backlog: float = 0.0
+    request: RequestView, view: InstanceView, cost: StepCost, limit_ms: float, usual_backlog: float = 0.0
 ) -> float:
     """A step there once everything that it has or expects decodes, this request too.
 
@@ -97,10 +97,12 @@ def predicted_tpot_ms(
     own = StepCost.known(view.engine.cost) or cost
     backlog = max(view.backlog_tokens, view.engine.backlog_tokens, usual_backlog)
     per_row_ms = own.coefficients[1] + own.coefficients[2] * request.num_prompt_tokens / 2
-    beside_ms = per_row_ms * min(STEP_ROWS, backlog if "prefill" in view.phases else 0)
     num_tokens = (request.num_prompt_tokens + request.num_emitted) * request.num_choices
     num_decoding = max(num_requests(view), view.engine.num_decoding) + view.coming_reqs + request.num_choices
-    return own.decode_ms(num_decoding, running_tokens(view) + num_tokens) + beside_ms
+    context = running_tokens(view) + num_tokens
+    beside = min(rows_of_step(own, num_decoding, context, limit_ms), backlog)
+    beside_ms = per_row_ms * beside if "prefill" in view.phases else 0.0
+    return own.decode_ms(num_decoding, context) + beside_ms
 
 
 def has_pages(request: RequestView, view: InstanceView) -> bool:

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import xxhash
 
-from xllm.cost import StepCost, attention_work
+from xllm.cost import StepCost, attention_work, rows_beside
 from xllm.service.router.base import InstanceView, RequestView, RouterSnapshot
 from xllm.types import PAGE_SIZE
 
@@ -144,7 +144,7 @@ def _prospect(request: RequestView, view: InstanceView, cost: StepCost, is_fitte
     # Every step of the prompts ahead, and of this one, also draws for whoever decodes.
     num_decoding = engine.num_decoding
     step_ms = c0 + c3 * num_decoding + c4 * engine.decode_context
-    chunk = max(PAGE_SIZE, STEP_ROWS - num_decoding)
+    chunk = rows_of_step(cost, num_decoding, engine.decode_context, request.slo.tpot_ms)
     company = engine.decode_context / num_decoding if num_decoding else num_tokens
     num_steps = -(-(backlog + rows) // chunk)
     own_steps = min(num_steps, -(-rows // chunk))
@@ -171,6 +171,17 @@ def _prospect(request: RequestView, view: InstanceView, cost: StepCost, is_fitte
         full_work_ms=c0 * full_steps + c1 * num_tokens + full_attention_ms + decode_work_ms,
         is_fitted=is_fitted,
     )
+
+
+def rows_of_step(
+    cost: StepCost, num_decoding: float, decode_context: float, tpot_ms: float | None
+) -> int:
+    """Prompt rows of a step there: engines leave their streams the time per token that was promised. Theirs
+    may differ from this one; what is asked for here is taken for everybody's."""
+    rows = max(PAGE_SIZE, STEP_ROWS - int(num_decoding))
+    if num_decoding <= 0 or tpot_ms is None:
+        return rows
+    return min(rows, rows_beside(cost, num_decoding, decode_context, tpot_ms))
 
 
 def weighted_hit(view: InstanceView, num_tokens: int) -> float:

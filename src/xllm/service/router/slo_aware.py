@@ -6,6 +6,8 @@ Never refuses because of an objective: where none is kept the smallest miss is t
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from xllm.config import FrontConfig
 from xllm.service.router.base import Placement, RequestView, RouterSnapshot
 from xllm.service.router.cache_aware import cache_aware
@@ -13,8 +15,6 @@ from xllm.service.router.least_load import load_ms
 from xllm.service.router.predict import MAX_EXPECTED_OUTPUT, Prospect, pick, prospects_of
 from xllm.types import PAGE_SIZE
 
-DEFAULT_TTFT_MS = 1000.0
-DEFAULT_TPOT_MS = 50.0
 MIN_MARGIN = 0.1
 """A prediction keeps an objective when it does so with this margin, or with the fit's own error if larger."""
 PACKING = 0.25
@@ -28,26 +28,40 @@ def slo_aware(request: RequestView, snapshot: RouterSnapshot, config: FrontConfi
     if not prospects[0].is_fitted:
         placement = cache_aware(request, snapshot, config)
         return placement and _because(placement, "slo=ignored_until_costs_are_known")
-    uses = {p.name: _use(request, p) for p in prospects}
+    slo = _objectives(request, config)
+    uses = {p.name: _use(request, p, slo) for p in prospects}
     if request.cls == "offline":
-        return _answer(request, [(-_disturbance(p), p) for p in prospects], uses, "class=offline")
+        return _answer(request, [(-_disturbance(p), p) for p in prospects], uses, slo, "class=offline")
     keeping = [p for p in prospects if uses[p.name] <= 1.0 and _has_pages(request, p)]
     if keeping:
         whole_ms = min(p.full_work_ms for p in keeping)
         scored = [(PACKING * whole_ms * uses[p.name] - p.work_ms, p) for p in keeping]
-        return _answer(request, scored, uses, f"slo=kept_by_{len(keeping)}_of_{len(prospects)}")
+        return _answer(request, scored, uses, slo, f"slo=kept_by_{len(keeping)}_of_{len(prospects)}")
     # In units of its objective, so a miss by a tenth is a miss by a tenth at every objective. The factor
     # makes differences of five percent ties of `pick`.
-    return _answer(request, [(-100.0 * _miss(request, p, uses), p) for p in prospects], uses, "slo=missed")
+    return _answer(request, [(-100.0 * _miss(request, p, uses), p) for p in prospects], uses, slo, "slo=missed")
 
 
-def _use(request: RequestView, prospect: Prospect) -> float:
+class _Objectives(NamedTuple):
+    ttft_ms: float
+    tpot_ms: float
+    ttlt_ms: float | None
+
+
+def _objectives(request: RequestView, config: FrontConfig) -> _Objectives:
+    return _Objectives(
+        ttft_ms=request.slo.ttft_ms or config.slo_ttft_ms,
+        tpot_ms=request.slo.tpot_ms or config.slo_tpot_ms,
+        ttlt_ms=request.slo.ttlt_ms,
+    )
+
+
+def _use(request: RequestView, prospect: Prospect, slo: _Objectives) -> float:
     """The largest share of an objective that the prediction takes up, margin included; > 1 = not kept."""
     margin = 1.0 + max(MIN_MARGIN, min(prospect.error, 1.0))
-    slo = request.slo
     shares = [
-        prospect.ttft_ms / (slo.ttft_ms or DEFAULT_TTFT_MS),
-        prospect.tpot_ms / (slo.tpot_ms or DEFAULT_TPOT_MS),
+        prospect.ttft_ms / slo.ttft_ms,
+        prospect.tpot_ms / slo.tpot_ms,
     ]
     if slo.ttlt_ms:
         shares.append((prospect.ttft_ms + request.max_tokens * prospect.tpot_ms) / slo.ttlt_ms)
@@ -75,14 +89,17 @@ def _disturbance(prospect: Prospect) -> float:
 
 
 def _answer(
-    request: RequestView, scored: list[tuple[float, Prospect]], uses: dict[str, float], verdict: str
+    request: RequestView,
+    scored: list[tuple[float, Prospect]],
+    uses: dict[str, float],
+    slo: _Objectives,
+    verdict: str,
 ) -> Placement:
     chosen = pick(scored, request.request_id)
-    slo = request.slo
     reasons = (
         verdict,
-        f"ttft_ms={chosen.ttft_ms:.1f}/{slo.ttft_ms or DEFAULT_TTFT_MS:.0f}",
-        f"tpot_ms={chosen.tpot_ms:.1f}/{slo.tpot_ms or DEFAULT_TPOT_MS:.0f}",
+        f"ttft_ms={chosen.ttft_ms:.1f}/{slo.ttft_ms:.0f}",
+        f"tpot_ms={chosen.tpot_ms:.1f}/{slo.tpot_ms:.0f}",
         f"use={uses[chosen.name]:.2f}",
         f"hit_tokens={chosen.hit:.0f}",
         f"cost_error={chosen.error:.2f}",
