@@ -225,10 +225,13 @@ class DataPlane:
             links.flush()
 
     def _timeout_s(self) -> float | None:
-        if self._commands or self._closing or self._senders.can_work:
+        if self._commands or self._closing:
             return 0.0
+        rest_s = self._senders.wait_s(self._now())
         if self._senders.watch_layers or self._receivers.is_checking:
-            return LAYER_POLL_S
+            return LAYER_POLL_S if rest_s is None else min(rest_s, LAYER_POLL_S)
+        if rest_s is not None:
+            return min(rest_s, TICK_S)
         receivers = self._receivers
         under_way = self._senders.by_id or receivers.by_id or receivers.pulls or receivers.is_settling
         return TICK_S if under_way or self._links.has_open_ends else None
