@@ -36,13 +36,21 @@ class Stream:
     token_s: list[float] = field(default_factory=list)
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
+    ended: bool = False
+
     async def read(self) -> None:
-        async for delta in self.live:
-            self.token_s += [time.perf_counter()] * len(delta.token_ids)
+        try:
+            async for delta in self.live:
+                self.token_s += [time.perf_counter()] * len(delta.token_ids)
+                self.news.set()
+        finally:
+            self.ended = True
             self.news.set()
 
     async def wait_for(self, num_tokens: int) -> None:
         while len(self.token_s) < num_tokens:
+            if self.ended:
+                raise SystemExit(f"a stream ended after {len(self.token_s)} tokens, too early")
             self.news.clear()
             await self.news.wait()
 
