@@ -203,6 +203,7 @@ class DataPlane:
 
     def _turn(self) -> None:
         senders, receivers, links = self._senders, self._receivers, self._links
+        used_s = time.thread_time()
         # Peers first: what they have cancelled is not written any more.
         links.poll(self._timeout_s())
         while self._commands:
@@ -214,6 +215,7 @@ class DataPlane:
         if receivers.is_checking:
             receivers.check()
         links.flush()
+        senders.rest(time.thread_time() - used_s)
         now_s = self._now()
         senders.pass_time(now_s - self._last_s)
         self._last_s = now_s

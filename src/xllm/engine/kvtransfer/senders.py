@@ -6,7 +6,6 @@ What is copied when stands in `outgoing`; connections in `links`.
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -33,6 +32,7 @@ class Senders:
         self._shared, self._links = shared, links
         self.by_id: dict[str, Outgoing] = {}
         self._pacer = Pacer()
+        self._paced_work = False
         self._quieting: set[Outgoing] = set()
         """Ended, but for a part that is with mooncake."""
 
@@ -188,7 +188,7 @@ class Senders:
         for out in list(self.by_id.values()):
             if not out.has_jobs or self._blocked(out) or out.connection is None:
                 continue
-            started_s, used_s = self._shared.now(), time.thread_time()
+            started_s = self._shared.now()
             paced = self._is_paced(out, started_s)
             if paced and self._pacer.rest_s(started_s):
                 continue
@@ -199,11 +199,17 @@ class Senders:
                 continue
             now_s = self._shared.now()
             out.moving_s += now_s - started_s
-            if paced:
-                # Not the time by the clock: on a busy machine most of that is others'.
-                self._pacer.worked(time.thread_time() - used_s, now_s, len(self.by_id))
+            self._paced_work |= paced
             if out.step is Step.FINISHED:
                 out.since_s = now_s
+
+    def rest(self, used_s: float) -> None:
+        """The thread's turn took so much processor time, what went into sockets included. Not time by the
+        clock: on a busy machine most of that is others'."""
+        now_s = self._shared.now()
+        if self._paced_work or any(self._queued(o) and self._is_paced(o, now_s) for o in self.by_id.values()):
+            self._paced_work = False
+            self._pacer.worked(used_s, now_s, len(self.by_id))
 
     def pass_time(self, elapsed_s: float) -> None:
         """Bytes of these transfers were on their way all the while."""
