@@ -7,11 +7,11 @@ Whose turn it is must not be decided here.
 from __future__ import annotations
 
 REST = 3.0
-"""Times the processor time of the copying. The receiver's part follows it, so on a machine that both engines
-share copies take two quarters of a core from their steps, for as long as they last."""
+"""Times the processor time of the copying, at first. The receiver's part follows it: on a machine that both
+engines share, copies take half a core from their steps."""
 HURRY_S = 1.0
-"""A transfer that has been under way for longer is not paced any more: its sequence grows meanwhile, and one
-that grows by a page more than was leased gives up."""
+"""The rest shrinks until a transfer that has been under way for so long has none: its sequence grows
+meanwhile, and gives up when it has grown by more than a page."""
 _LEAST_REST_S = 0.002
 """Shorter rests are put together: the thread's waits are whole milliseconds."""
 
@@ -21,9 +21,11 @@ class Pacer:
         self._until_s = 0.0
         self._owed_s = 0.0
 
-    def worked(self, took_s: float, now_s: float, num_transfers: int) -> None:
-        """Several transfers rest less, together as much as one: each of them has a sequence that grows."""
-        self._owed_s += took_s * REST / max(1, num_transfers)
+    def worked(self, took_s: float, now_s: float, *, age_s: float, num_transfers: int) -> None:
+        """`age_s` of the oldest of them. Several rest less, together as much as one: each has a sequence that
+        grows."""
+        patience = max(0.0, 1.0 - age_s / HURRY_S)
+        self._owed_s += took_s * REST * patience / max(1, num_transfers)
         if self._owed_s >= _LEAST_REST_S:
             self._until_s, self._owed_s = now_s + self._owed_s, 0.0
 

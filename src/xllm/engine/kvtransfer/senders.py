@@ -207,9 +207,10 @@ class Senders:
         """The thread's turn took so much processor time, what went into sockets included. Not time by the
         clock: on a busy machine most of that is others'."""
         now_s = self._shared.now()
-        if self._paced_work or any(self._queued(o) and self._is_paced(o, now_s) for o in self.by_id.values()):
-            self._paced_work = False
-            self._pacer.worked(used_s, now_s, len(self.by_id))
+        paced = [out for out in self.by_id.values() if self._is_paced(out, now_s)]
+        if paced and (self._paced_work or any(map(self._queued, paced))):
+            self._worked(used_s, now_s, paced)
+        self._paced_work = False
 
     def pass_time(self, elapsed_s: float) -> None:
         """Bytes of these transfers were on their way all the while."""
@@ -321,7 +322,7 @@ class Senders:
         out.in_flight = False
         now_s = self._shared.now()
         if self._is_paced(out, now_s):
-            self._pacer.worked(now_s - out.in_flight_s, now_s, len(self.by_id))
+            self._worked(now_s - out.in_flight_s, now_s, [out])
         if not ok:
             self.fail(out, UnavailableError("mooncake could not write to the peer", code="transfer_lost"))
         if out in self._quieting:
@@ -359,6 +360,10 @@ class Senders:
     def _is_paced(self, out: Outgoing, now_s: float) -> bool:
         """Whether its sequence runs on meanwhile: what is copied beside steps takes time from them."""
         return not out.finishing and now_s - out.since_s < HURRY_S
+
+    def _worked(self, took_s: float, now_s: float, of: list[Outgoing]) -> None:
+        age_s = now_s - min(out.since_s for out in of)
+        self._pacer.worked(took_s, now_s, age_s=age_s, num_transfers=len(self.by_id))
 
     def _queued(self, out: Outgoing) -> bool:
         """Bytes of it may wait in front of the socket."""

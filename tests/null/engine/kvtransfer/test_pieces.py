@@ -9,7 +9,7 @@ from xllm.engine.kvtransfer.base import Manifest, Pushed
 from xllm.engine.kvtransfer.memory import KVMemory, of_layers
 from xllm.engine.kvtransfer.messages import Accept, Way
 from xllm.engine.kvtransfer.outgoing import Outgoing, Part, Step
-from xllm.engine.kvtransfer.pacing import REST, Pacer
+from xllm.engine.kvtransfer.pacing import HURRY_S, REST, Pacer
 from xllm.types import KVGroup, KVLayout
 
 NUM_LAYERS, NUM_PAGES = 30, 16
@@ -69,12 +69,16 @@ def test_copies_rest_in_proportion_to_their_work() -> None:
     for _ in range(1000):
         now_s += pacer.rest_s(now_s) + 0.0003
         worked_s += 0.0003
-        pacer.worked(0.0003, now_s, 1)
+        pacer.worked(0.0003, now_s, age_s=0.0, num_transfers=1)
     assert now_s == pytest.approx((1 + REST) * worked_s, rel=0.02)
 
 
-def test_many_transfers_rest_no_longer_than_one() -> None:
-    one, four = Pacer(), Pacer()
-    one.worked(0.01, 0.0, 1)
-    four.worked(0.01, 0.0, 4)
-    assert four.rest_s(0.0) == pytest.approx(one.rest_s(0.0) / 4)
+def test_the_rest_is_shorter_for_several_transfers_and_for_an_old_one() -> None:
+    def rest_s(**of: float) -> float:
+        pacer = Pacer()
+        pacer.worked(0.01, 0.0, **of)  # type: ignore[arg-type]
+        return pacer.rest_s(0.0)
+
+    assert rest_s(age_s=0.0, num_transfers=4) == pytest.approx(rest_s(age_s=0.0, num_transfers=1) / 4)
+    assert rest_s(age_s=HURRY_S / 2, num_transfers=1) == pytest.approx(rest_s(age_s=0.0, num_transfers=1) / 2)
+    assert rest_s(age_s=2 * HURRY_S, num_transfers=1) == 0.0
