@@ -16,7 +16,7 @@ TEST_STAMP := $(VENV)/.xllm-test-setup
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help system-packages setup test-setup kernels model serve test lint null reference native integration robustness simulate exactness sanitize bench-ttft bench-serve bench-client bench-overhead bench-overload bench-transfer bench-handover bench-load-shift bench-roles bench-faults bench-service bench-routing bench-routing-live bench-peers bench-compare bench-rates bench-step bench-perplexity soak freeze clean
+.PHONY: help system-packages setup test-setup kernels model serve test lint null reference native integration robustness simulate exactness exactness-moves sanitize bench-ttft bench-serve bench-client bench-overhead bench-overload bench-transfer bench-handover bench-load-shift bench-roles bench-faults bench-service bench-routing bench-routing-live bench-peers bench-compare bench-rates bench-step bench-perplexity soak freeze clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -81,6 +81,9 @@ robustness: test-setup  ## hostile and fault tests that take minutes; not part o
 
 exactness: test-setup kernels  ## bitwise logits on native, every model here and every weight class; minutes
 	@$(BIN)/python -m pytest tests/matrix -q -rs $(ARGS)
+
+exactness-moves: test-setup kernels  ## bitwise logits of moved sequences: transports, push and pull, chunks, cache, threads; minutes
+	@$(BIN)/python -m pytest tests/matrix/test_moves.py -q -rs $(ARGS)
 
 sanitize: test-setup  ## the native code and its tests under address, undefined-behaviour and thread sanitisers; minutes
 	@$(BIN)/python tools/sanitize.py $(ARGS)

@@ -181,7 +181,7 @@ def unmoved(engine: Engine, of: RequestSpec) -> tuple[Rows, dict[int, list[int]]
 def moved(
     engines: list[Engine], events: Events, of: RequestSpec, after: list[int], mode: str
 ) -> tuple[Rows, dict[int, list[int]], list[Moved]]:
-    """The same, moved to the next engine each time choice 0 has as many tokens as `after` says."""
+    """The same, moved to the next engine in turn each time choice 0 has as many tokens as `after` says."""
     at, spec = 0, of
     answers: list[Moved] = []
     engines[0].core.submit(spec)
@@ -199,14 +199,14 @@ def moved(
             engine.rows, engine.tokens = {}, {}
 
     while any(e.core.has_requests for e in engines):
-        here, there = engines[at], engines[1 - at]
+        here, there = engines[at], engines[(at + 1) % len(engines)]
         if waiting and not under_way and len(tokens.get(0, ())) >= waiting[0]:
             waiting.pop(0)
             under_way, here.commits = True, False
             move = Move(
                 request_id=spec.request_id,
                 attempt=spec.attempt,
-                transfer_id=f"transfer-{len(answers)}",
+                transfer_id=f"{spec.request_id}-{len(answers)}",
                 endpoints=there.plane.endpoints,
                 mode=mode,
             )
@@ -230,7 +230,7 @@ def moved(
                 sources=here.plane.endpoints if mode == "pull" else (),
             )
             here.core.abort(spec.request_id)
-            at, under_way, here.commits = 1 - at, False, True
+            at, under_way, here.commits = (at + 1) % len(engines), False, True
     while any(e.core.mover.is_waiting for e in engines):
         events.hand_on(engines, wait=True)
         for engine in engines:

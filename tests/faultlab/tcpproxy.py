@@ -1,4 +1,4 @@
-"""A TCP proxy that misbehaves on request: cuts, delays, holds, resets, corrupts, slows. Loopback only.
+"""A TCP proxy that misbehaves on request: cuts, delays, holds, resets, corrupts, slows, repeats. Loopback.
 
 Runs on a thread of its own, so that tests of any kind can use it. Every fault is counted: a test
 first looks whether its fault happened.
@@ -16,7 +16,11 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from xllm.engine.kvtransfer.messages import FRAME
+
 CHUNK_BYTES = 16 * 1024
+_HANDSHAKE_FRAMES = 2
+"""From each side: who it is, and the proof of it."""
 
 Way = Literal["both", "up", "down"]
 """up = from the client to the target."""
@@ -27,7 +31,8 @@ class Toxics:
     """What is wrong at the moment. `blackhole` holds bytes until it ends, as a lost route does to TCP.
 
     `corrupt_after` flips one bit in every chunk beyond so many bytes of a connection. `refuse` closes new
-    connections at once.
+    connections at once. `repeat`: every message of the transfers between engines goes twice, on connections
+    made from now on.
     """
 
     way: Way = "both"
@@ -36,6 +41,7 @@ class Toxics:
     blackhole: bool = False
     corrupt_after: int | None = None
     refuse: bool = False
+    repeat: bool = False
 
 
 HEALTHY = Toxics()
@@ -153,6 +159,8 @@ class TcpProxy:
     ) -> None:
         num_bytes = 0
         with contextlib.suppress(OSError):
+            if self._toxics.repeat and self._toxics.way in ("both", way):
+                await self._repeat(reader, line)
             while data := await reader.read(CHUNK_BYTES):
                 data = await self._spoil(data, way, num_bytes)
                 num_bytes += len(data)
@@ -161,6 +169,19 @@ class TcpProxy:
                 self.counts["delayed"] += delay_s > 0
                 await line.put((self._loop.time() + delay_s, data))
         await line.put((self._loop.time(), b""))
+
+    async def _repeat(self, reader: asyncio.StreamReader, line: asyncio.Queue[tuple[float, bytes]]) -> None:
+        """To the end of the connection, or of the fault at the border of a message."""
+        num_frames = 0
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while self._toxics.repeat or num_frames < _HANDSHAKE_FRAMES:
+                header = await reader.readexactly(FRAME.size)
+                frame = header + await reader.readexactly(sum(FRAME.unpack(header)[:2]))
+                num_frames += 1
+                times = 2 if num_frames > _HANDSHAKE_FRAMES else 1
+                self.counts["repeated"] += times - 1
+                for _ in range(times):
+                    await line.put((self._loop.time(), frame))
 
     async def _give(self, line: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):

@@ -11,7 +11,7 @@ Points of the engine that gives (p) and of the one that takes (d); `skip` lets s
     p.finish    the rest is about to be sent              d.arrived    everything is there and verified
     p.finished  the rest was given to the transfers       d.submitted  the request itself has come
     p.sent      the receiver has everything               d.step       a step begins that goes on with one
-    p.answered  the front was told (a moment later)
+    p.answered  the front was told (a moment later)           d.last      one that draws the last token of one
 
 Where the folder has files `proxy.<port>`, each engine takes one of them, writes the port at which it takes
 pages into it, and names the proxy's to its peers.
@@ -102,7 +102,7 @@ def install(points: Points) -> None:
         def __init__(self, scheduler, memory, transfers, *args, **fields) -> None:
             super().__init__(scheduler, memory, Watched(transfers, points), *args, **fields)
             self._moving: set[str] = set()
-            self._taken: set[str] = set()
+            self._taken: dict[str, int] = {}
             self._told = False
 
         def move(self, owner, message, now_s) -> None:
@@ -113,7 +113,7 @@ def install(points: Points) -> None:
         def submitted(self, request_id, owner, transfer_id, *args) -> None:
             points.reach("d.submitted")
             super().submitted(request_id, owner, transfer_id, *args)
-            self._taken.add(request_id)
+            self._taken[request_id] = owner
 
         def on_event(self, event, now_s) -> None:
             point = {"Offered": "d.offered", "Arrived": "d.arrived", "Sent": "p.sent"}.get(
@@ -128,7 +128,15 @@ def install(points: Points) -> None:
                 points.reach("p.chunk")
             if self._taken:
                 points.reach("d.step")
+            if any(map(self._ends_next, self._taken, self._taken.values())):
+                points.reach("d.last")
             super().before_step(plan)
+
+        def _ends_next(self, request_id, owner) -> bool:
+            request = self._scheduler.find(request_id, owner)
+            return request is not None and any(
+                seq.num_output + 1 >= request.spec.params.max_tokens for seq in request.sequences
+            )
 
         def tick(self, now_s) -> None:
             if self._told:

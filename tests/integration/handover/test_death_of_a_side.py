@@ -35,13 +35,16 @@ POINTS = {
     "d.arrived": (0,),
     "d.submitted": (0,),
     "d.step": (0, 1, 17),
+    "d.last": (0,),
 }
 """Of every failpoint the passes that are let go by before it strikes."""
 FEW = [
     Fault(point="p.chunk", skip=2),
+    Fault(point="p.chunk", skip=1, number=STOP),
     Fault(point="p.finished"),
     Fault(point="d.arrived"),
     Fault(point="d.step", skip=5),
+    Fault(point="d.last"),
     Fault(point="d.submitted", number=STOP),
 ]
 ALL = [

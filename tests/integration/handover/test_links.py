@@ -1,4 +1,4 @@
-"""What lies between two engines cuts, resets, swallows, slows or flips bits (F16 to F19, F21). Over tcp.
+"""What lies between two engines cuts, resets, swallows, slows, flips bits or repeats (F16 to F19, F21, F22).
 
 A lost transfer is no error of the client: the receiver computes what it lacks. Each test looks first whether
 its fault met a transfer, and last whether pages were given back and hand-overs work again.
@@ -69,6 +69,19 @@ def test_a_broken_link_costs_time_only(
     assert num_of(linked, done) > num_done, "the fault did not happen"
     assert linked.failures() != failures, "no transfer failed of it, or nobody counted"
     assert struck.differences(wanted) == []
+    linked.wait_works_again(BODIES[:4], wanted[:4])
+
+
+def test_messages_that_come_twice_change_nothing(linked: HandoverLab, wanted: list[Answer]) -> None:
+    for proxy in linked.proxies:
+        proxy.cut()
+    num_done, num_taken = num_of(linked, "repeated"), linked.num_taken()
+    struck = asyncio.run(under(linked, Toxics(repeat=True)))
+    assert num_of(linked, "repeated") > num_done, "the fault did not happen"
+    assert linked.num_taken() > num_taken, "nothing was handed over for it"
+    assert struck.differences(wanted) == []
+    for proxy in linked.proxies:
+        proxy.cut()
     linked.wait_works_again(BODIES[:4], wanted[:4])
 
 

@@ -49,6 +49,21 @@ class GroupMemory:
     def separable(self) -> bool:
         return bool(self.spans)
 
+    @property
+    def span_bytes(self) -> int:
+        """The shortest piece of a layer."""
+        return min((length for spans in self.spans for _, length in spans), default=0)
+
+    def stretches(self, first: int, end: int) -> list[Span]:
+        """The bytes of layers [first, end), neighbours put together."""
+        found: list[Span] = []
+        for offset, length in sorted(span for spans in self.spans[first:end] for span in spans):
+            if found and sum(found[-1]) == offset:
+                found[-1] = (found[-1][0], found[-1][1] + length)
+            else:
+                found.append((offset, length))
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class KVMemory:

@@ -7,6 +7,7 @@ How bytes travel is a `Writer`'s matter; sockets, time limits and events are `pl
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,14 +18,17 @@ import msgspec
 from xllm.engine.kvtransfer.base import Manifest, Pushed
 from xllm.engine.kvtransfer.connection import Connection
 from xllm.engine.kvtransfer.copying import RunningDigests, page_digests
-from xllm.engine.kvtransfer.memory import KVMemory
+from xllm.engine.kvtransfer.memory import GroupMemory, KVMemory
 from xllm.engine.kvtransfer.messages import Accept, Finish, Message, Passed, Wrote
 from xllm.errors import InternalError, XllmError
 
 PIECE_BYTES = 1 << 20
 """Copied in one go: short enough that a socket or a cancel does not wait for it."""
 
-_DIGESTS_AT_ONCE = 4
+_DIGESTS_AT_ONCE = 64
+
+MOONCAKE_SPAN_BYTES = 96 << 10
+"""Each write costs it as much as so many bytes, and the peer as well: fewer layers at a time do not pay."""
 
 
 class Step(Enum):
@@ -118,6 +122,8 @@ class Outgoing:
     finishing: bool = False
     in_flight: bool = False
     """A part is with mooncake; nothing may follow, end or be released before it is back."""
+    in_flight_s: float = 0.0
+    """Since when."""
     given_up: bool = False
     failure: XllmError | None = None
     on_quiet: Callable[[], None] | None = None
@@ -151,22 +157,23 @@ class Outgoing:
                     self.backlog.num_copied -= len(pages) * entry.num_layers[g] / len(group.layers)
                 if not copied:
                     self._copy(g, indices, pages, 0, group.page_bytes)
-                for layer in range(copied, len(group.spans)) if copied else ():
-                    self._copy_layer(g, indices, pages, layer)
+                if copied:
+                    self._copy_layers(g, indices, pages, copied, len(group.spans))
                 self._seal(g, indices, pages, by_layer=bool(copied))
 
     def layers_done(self, finished: int) -> None:
         """The running step has finished so many of the model's layers."""
         for entry in self._layered:
-            pushed = entry.pushed
             for g, group in enumerate(self.memory.groups):
-                if not group.separable:
-                    continue
-                while (
-                    entry.num_layers[g] < len(group.layers) and group.layers[entry.num_layers[g]] < finished
-                ):
-                    self._copy_layer(g, pushed.indices[g], pushed.pages[g], entry.num_layers[g])
-                    entry.num_layers[g] += 1
+                queued, ready = entry.num_layers[g], bisect_left(group.layers, finished)
+                if group.separable and self._pays(group, ready - queued, len(group.layers) - queued):
+                    self._copy_layers(g, entry.pushed.indices[g], entry.pushed.pages[g], queued, ready)
+                    entry.num_layers[g] = ready
+
+    def _pays(self, group: GroupMemory, ready: int, left: int) -> bool:
+        """Half of the layers that are left, then half of those: few pieces, and little after the step."""
+        least = MOONCAKE_SPAN_BYTES if self.accepted and self.accepted.way == "mooncake" else 0
+        return ready > 0 and 2 * ready >= left and ready * group.span_bytes >= least
 
     def finish(self, manifest: Manifest, at_s: float) -> None:
         self.step_done(False)
@@ -243,14 +250,18 @@ class Outgoing:
             for part in range(0, length, PIECE_BYTES):
                 self._jobs.append(Part(g, *some, offset + part, min(PIECE_BYTES, length - part)))
 
-    def _copy_layer(self, g: int, indices: Sequence[int], pages: Sequence[int], layer: int) -> None:
-        for offset, length in self.memory.groups[g].spans[layer]:
+    def _copy_layers(
+        self, g: int, indices: Sequence[int], pages: Sequence[int], first: int, end: int
+    ) -> None:
+        for offset, length in self.memory.groups[g].stretches(first, end):
             self._copy(g, indices, pages, offset, length)
-        self._jobs.append(_Layer(g, tuple(indices), tuple(pages), layer))
+        for layer in range(first, end):
+            self._jobs.append(_Layer(g, tuple(indices), tuple(pages), layer))
 
     def _seal(self, g: int, indices: Sequence[int], pages: Sequence[int], by_layer: bool = False) -> None:
-        for at in range(0, len(indices), _DIGESTS_AT_ONCE):
-            end = at + _DIGESTS_AT_ONCE
+        many = min(_DIGESTS_AT_ONCE, max(1, PIECE_BYTES // self.memory.groups[g].page_bytes))
+        for at in range(0, len(indices), many):
+            end = at + many
             self._jobs.append(_Seal(g, tuple(indices[at:end]), tuple(pages[at:end]), by_layer))
 
     def _check(self, pushed: Pushed) -> None:

@@ -203,6 +203,7 @@ class DataPlane:
 
     def _turn(self) -> None:
         senders, receivers, links = self._senders, self._receivers, self._links
+        used_s = time.thread_time()
         # Peers first: what they have cancelled is not written any more.
         links.poll(self._timeout_s())
         while self._commands:
@@ -214,6 +215,7 @@ class DataPlane:
         if receivers.is_checking:
             receivers.check()
         links.flush()
+        senders.rest(time.thread_time() - used_s)
         now_s = self._now()
         senders.pass_time(now_s - self._last_s)
         self._last_s = now_s
@@ -225,10 +227,13 @@ class DataPlane:
             links.flush()
 
     def _timeout_s(self) -> float | None:
-        if self._commands or self._closing or self._senders.can_work:
+        if self._commands or self._closing:
             return 0.0
+        rest_s = self._senders.wait_s(self._now())
         if self._senders.watch_layers or self._receivers.is_checking:
-            return LAYER_POLL_S
+            return LAYER_POLL_S if rest_s is None else min(rest_s, LAYER_POLL_S)
+        if rest_s is not None:
+            return min(rest_s, TICK_S)
         receivers = self._receivers
         under_way = self._senders.by_id or receivers.by_id or receivers.pulls or receivers.is_settling
         return TICK_S if under_way or self._links.has_open_ends else None

@@ -16,6 +16,7 @@ from xllm.engine.kvtransfer.copying import copy_parts, gather
 from xllm.engine.kvtransfer.links import Links
 from xllm.engine.kvtransfer.messages import Accept, Ack, Cancel, Data, Offer
 from xllm.engine.kvtransfer.outgoing import Backlog, Outgoing, Part, Step
+from xllm.engine.kvtransfer.pacing import HURRY_S, Pacer
 from xllm.engine.kvtransfer.sharing import Shared, cancelled, no_answer, not_reached
 from xllm.engine.kvtransfer.window import Window
 from xllm.errors import InternalError, UnavailableError, XllmError
@@ -30,6 +31,8 @@ class Senders:
     def __init__(self, shared: Shared, links: Links) -> None:
         self._shared, self._links = shared, links
         self.by_id: dict[str, Outgoing] = {}
+        self._pacer = Pacer()
+        self._paced_work = False
         self._quieting: set[Outgoing] = set()
         """Ended, but for a part that is with mooncake."""
 
@@ -173,9 +176,12 @@ class Senders:
         for out in self.by_id.values():
             out.layers_done(finished)
 
-    @property
-    def can_work(self) -> bool:
-        return any(out.has_jobs and not self._blocked(out) for out in self.by_id.values())
+    def wait_s(self, now_s: float) -> float | None:
+        """Until there is something to do; None = not before something happens."""
+        able = [out for out in self.by_id.values() if out.has_jobs and not self._blocked(out)]
+        if not able:
+            return None
+        return min(self._pacer.rest_s(now_s) if self._is_paced(out, now_s) else 0.0 for out in able)
 
     def work(self) -> None:
         """One job of each transfer that can."""
@@ -183,6 +189,9 @@ class Senders:
             if not out.has_jobs or self._blocked(out) or out.connection is None:
                 continue
             started_s = self._shared.now()
+            paced = self._is_paced(out, started_s)
+            if paced and self._pacer.rest_s(started_s):
+                continue
             try:
                 out.work(self._write, out.connection.send)
             except XllmError as error:
@@ -190,8 +199,18 @@ class Senders:
                 continue
             now_s = self._shared.now()
             out.moving_s += now_s - started_s
+            self._paced_work |= paced
             if out.step is Step.FINISHED:
                 out.since_s = now_s
+
+    def rest(self, used_s: float) -> None:
+        """The thread's turn took so much processor time, what went into sockets included. Not time by the
+        clock: on a busy machine most of that is others'."""
+        now_s = self._shared.now()
+        paced = [out for out in self.by_id.values() if self._is_paced(out, now_s)]
+        if paced and (self._paced_work or any(map(self._queued, paced))):
+            self._worked(used_s, now_s, paced)
+        self._paced_work = False
 
     def pass_time(self, elapsed_s: float) -> None:
         """Bytes of these transfers were on their way all the while."""
@@ -291,7 +310,7 @@ class Senders:
             )
             connection.send(data, gather(source, part.pages, part.offset, part.length))
         elif self._shared.mooncake is not None:
-            out.in_flight = True
+            out.in_flight, out.in_flight_s = True, self._shared.now()
 
             def back(ok: bool) -> None:
                 self._shared.post(partial(self._back, out, ok))
@@ -299,8 +318,11 @@ class Senders:
             self._shared.mooncake.write(part, slots, accepted.session, accepted.bases, back)
 
     def _back(self, out: Outgoing, ok: bool) -> None:
-        """Mooncake has done with a part."""
+        """Mooncake has done with a part. It has threads of its own, so its time is taken by the clock."""
         out.in_flight = False
+        now_s = self._shared.now()
+        if self._is_paced(out, now_s):
+            self._worked(now_s - out.in_flight_s, now_s, [out])
         if not ok:
             self.fail(out, UnavailableError("mooncake could not write to the peer", code="transfer_lost"))
         if out in self._quieting:
@@ -334,6 +356,14 @@ class Senders:
 
     def _on(self, connection: Connection) -> list[Outgoing]:
         return [out for out in self.by_id.values() if out.connection is connection]
+
+    def _is_paced(self, out: Outgoing, now_s: float) -> bool:
+        """Whether its sequence runs on meanwhile: what is copied beside steps takes time from them."""
+        return not out.finishing and now_s - out.since_s < HURRY_S
+
+    def _worked(self, took_s: float, now_s: float, of: list[Outgoing]) -> None:
+        age_s = now_s - min(out.since_s for out in of)
+        self._pacer.worked(took_s, now_s, age_s=age_s, num_transfers=len(self.by_id))
 
     def _queued(self, out: Outgoing) -> bool:
         """Bytes of it may wait in front of the socket."""

@@ -23,7 +23,7 @@ from tests.null.engine.kvtransfer.peers import (
     same,
     wait_until,
 )
-from xllm.engine.kvtransfer import mooncake
+from xllm.engine.kvtransfer import mooncake, outgoing
 from xllm.engine.kvtransfer.base import Arrived, Asked, Offered, Pushed, Released, Sent
 
 Pair = tuple[Peer, Peer]
@@ -48,8 +48,9 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
 
 
 @WITHOUT_MOONCAKE
-def test_pages_arrive_through_mooncake() -> None:
+def test_pages_arrive_through_mooncake(monkeypatch: pytest.MonkeyPatch) -> None:
     """One pair for all of it, since ending a transfer engine takes a second."""
+    monkeypatch.setattr(outgoing, "MOONCAKE_SPAN_BYTES", 1)  # the layers here are small
     sender, receiver = _pair("mooncake")
     fill(sender)
     for name, transfer in (
