@@ -90,18 +90,17 @@ class _Push:
         if self._halt.done():
             return
         try:
-            while self._reply.writable:
-                delta = self._stream.take()
-                if delta is None:
-                    if self._stream.ended:
-                        self._halt.set_result(True)
-                    return
+            while (delta := self._stream.take()) is not None:
                 if data := self._form.piece(delta.choice, delta):
                     self._reply.write_now(data)
+                    if not self._reply.writable:
+                        self._halt.set_result(False)
+                        return
         except Exception as error:  # noqa: BLE001  it is this stream's, not of who brings output
             self._halt.set_exception(error)
-        else:
-            self._halt.set_result(False)
+            return
+        if self._stream.ended:
+            self._halt.set_result(True)
 
 
 # -- several requests: through their queue ----------------------------------------------------------------
