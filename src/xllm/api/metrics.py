@@ -13,6 +13,7 @@ from typing import get_args
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
 from xllm.api.snapshot_metrics import Readable, SnapshotCollector
+from xllm.api.token_gaps import TokenGaps
 from xllm.observability.buckets import GAP_S, LATENCY_S, LENGTH, RATIO, SHARE, TOKEN_S, TRANSFER_S, TTFT_S
 from xllm.service.draft import RequestDraft
 from xllm.service.failover.blame import DeathCause
@@ -43,8 +44,8 @@ class Metrics(NullObserver):
             return Histogram(name, help, by_model, registry=self._registry, buckets=buckets)
 
         self._ttft = histogram("vllm:time_to_first_token_seconds", "Submission to first output", TTFT_S)
-        self._itl = histogram("vllm:inter_token_latency_seconds", "Between outputs of a request", TOKEN_S)
-        self._itl_of: dict[str, Histogram] = {}
+        self._itl = TokenGaps("vllm:inter_token_latency_seconds", "Between outputs of a request", TOKEN_S)
+        self._registry.register(self._itl)
         self._tpot = histogram("vllm:request_time_per_output_token_seconds", "Mean after the first", TOKEN_S)
         self._e2e = histogram("vllm:e2e_request_latency_seconds", "Submission to end", LATENCY_S)
         self._queue = histogram("vllm:request_queue_time_seconds", "Waiting in the engine", LATENCY_S)
@@ -161,11 +162,7 @@ class Metrics(NullObserver):
             if predicted_s is not None and gap_s > 0:
                 self._ttft_error.labels(model).observe(abs(predicted_s - gap_s) / gap_s)
             return
-        # Once a token: the look-up by labels costs as much as the observation.
-        child = self._itl_of.get(model)
-        if child is None:
-            child = self._itl_of[model] = self._itl.labels(model)
-        child.observe(gap_s)
+        self._itl.observe(model, gap_s)
 
     def on_ended(self, record: RequestRecord) -> None:
         self._predicted_s.pop(record.request_id, None)

@@ -73,6 +73,7 @@ class LiveRequest:
         self._committed = [0] * len(journal.choices)
         self._loop = asyncio.get_running_loop()
         self._waiters: list[asyncio.Future[None]] = []
+        self._listener: Callable[[], None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._arm()
 
@@ -87,6 +88,9 @@ class LiveRequest:
             waiter = self._loop.create_future()
             self._waiters.append(waiter)
             await waiter
+
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        self._listener = listener
 
     async def aclose(self) -> None:
         """Abort the request unless it has ended; idempotent."""
@@ -104,8 +108,8 @@ class LiveRequest:
         try:
             while True:
                 await self.wait_ready()
-                while self._buffer:
-                    yield self._take()
+                while (delta := self.take()) is not None:
+                    yield delta
                 if self.ended:
                     break
             if self.error is not None:
@@ -113,7 +117,10 @@ class LiveRequest:
         finally:
             self.leave()
 
-    def _take(self) -> Delta:
+    def take(self) -> Delta | None:
+        """The next delta, None when there is none now."""
+        if not self._buffer:
+            return None
         had_room = self._has_room
         delta = self._buffer.popleft()
         self._num_buffered -= _weight(delta)
@@ -205,6 +212,10 @@ class LiveRequest:
         return not frame.last and any(isinstance(c.stop_reason, str) for c in self.journal.choices)
 
     def _notify(self) -> None:
+        if self._listener is not None:
+            self._listener()
+        if not self._waiters:
+            return
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             if not waiter.done():  # cancelled

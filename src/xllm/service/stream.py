@@ -5,11 +5,12 @@ The nouns between `service` (which makes them) and `api`, `llm` (which translate
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 import msgspec
 
+from xllm.errors import XllmError
 from xllm.types import TokenLogprobs
 
 
@@ -45,10 +46,27 @@ class RequestStream(Protocol):
 
     Ends normally after every choice has a delta with `finish_reason`; raises an XllmError when
     the request failed. Leaving early (GeneratorExit, cancellation) aborts the request.
+
+    Or without iterating: `take` what there is until `ended`, after `wait_ready` or when a listener is
+    told; then `error` says how it ended, and `aclose` is due in any case.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
+    ended: bool
+    error: XllmError | None
+
+    async def wait_ready(self) -> None:
+        """Return once a delta or the end can be had without waiting. May be cancelled without harm."""
+
+    def take(self) -> Delta | None:
+        """The next delta, None when there is none now."""
+
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        """Call it, on the stack of who brings them, for every delta and the end from now on.
+
+        It must not raise, and must not end this request. At most one listener.
+        """
 
     def __aiter__(self) -> AsyncIterator[Delta]: ...
 

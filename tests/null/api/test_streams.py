@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.null.api.conftest import MakeSite, Site, error_of, events
 from xllm.api import sse
+from xllm.api.openai import streaming
 from xllm.errors import CapacityError, InternalError
 from xllm.testing.fake_engine import SampleEngine
 from xllm.types import RequestSpec
@@ -176,14 +177,14 @@ async def test_an_error_after_the_first_token_is_an_event_and_the_end(slow: Site
 async def test_the_head_is_sent_after_a_moment_even_without_a_token(
     slow: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sse, "PEEK_S", 0.01)
+    monkeypatch.setattr(streaming, "PEEK_S", 0.01)
     reader, _ = await slow.raw(post("/v1/completions", {**BODY, "stream": True}))
     assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
     assert slow.engine.num_steps == 0
 
 
 async def test_quiet_streams_are_kept_alive_by_comments(slow: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sse, "PEEK_S", 0.01)
+    monkeypatch.setattr(streaming, "PEEK_S", 0.01)
     monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.01)
     reader, _ = await slow.raw(post("/v1/completions", {**BODY, "stream": True}))
     await reader.readuntil(b"\r\n\r\n")

@@ -94,9 +94,23 @@ class Reply:
         self._out.write(self._head(status, more) + self._cycle.data(body) + self._cycle.end())
         self.ended = True
 
-    def start(self, status: int, content_type: str, headers: HeaderList = ()) -> None:
-        """The head of a response of unknown length."""
-        self._out.write(self._head(status, [("content-type", content_type), *headers]))
+    def start(self, status: int, content_type: str, headers: HeaderList = (), data: bytes = b"") -> None:
+        """The head of a response of unknown length, and its first piece if there is one already."""
+        head = self._head(status, [("content-type", content_type), *headers])
+        self._out.write(head + self._cycle.data(data) if data else head)
+
+    @property
+    def writable(self) -> bool:
+        """The client keeps up with what is written."""
+        return self._out.writable
+
+    def write_now(self, data: bytes) -> None:
+        """One piece, of one who sees to it that the client keeps up."""
+        self._out.write(self._cycle.data(data))
+
+    async def drained(self) -> None:
+        """Wait until the client keeps up again."""
+        await self._out.drained()
 
     async def write(self, data: bytes) -> None:
         """One piece; waits while the client reads too slowly."""
@@ -116,8 +130,9 @@ class Reply:
             self._out.write(self._cycle.data(b":\n\n"))
         return True
 
-    async def end(self) -> None:
-        self._out.write(self._cycle.end())
+    async def end(self, data: bytes = b"") -> None:
+        """`data` is the last piece."""
+        self._out.write(self._cycle.data(data) + self._cycle.end() if data else self._cycle.end())
         self.ended = True
         await self._out.drained()
 

@@ -28,6 +28,11 @@ class Outbox:
         if data and not self._transport.is_closing():
             self._transport.write(data)
 
+    @property
+    def writable(self) -> bool:
+        """The client reads as fast as is written to it."""
+        return self._writable.is_set()
+
     async def drained(self) -> None:
         """Wait while the client reads too slowly. Raises ConnectionResetError when it stopped."""
         if self._writable.is_set():

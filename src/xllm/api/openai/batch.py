@@ -56,10 +56,15 @@ class Batch:
         """Those that were submitted by now."""
         return tuple(s.request_id for s in self.streams)
 
+    @property
+    def only(self) -> RequestStream | None:
+        """The stream, if there is but one."""
+        return self.streams[0] if len(self.streams) == 1 and not self._rest else None
+
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
         """(output choice, delta) in order of arrival; read once. Raises the first error of any request."""
-        if len(self.streams) == 1 and not self._rest:
-            async for delta in self.streams[0]:
+        if (only := self.only) is not None:
+            async for delta in only:
                 yield delta.choice, delta
             return
         left = self.num_choices // self.n

@@ -5,7 +5,7 @@ Translation only. Tools are shown to the model's template; its answer is returne
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,7 +30,8 @@ from xllm.api.openai.params import (
     read_sampling,
 )
 from xllm.api.openai.refused import read_inert, refuse_unsupported
-from xllm.api.sse import TextEvent, event, send_events
+from xllm.api.openai.streaming import send_stream
+from xllm.api.sse import TextEvent, event
 from xllm.errors import RequestError
 from xllm.service.draft import RequestDraft
 from xllm.service.stream import Delta
@@ -68,7 +69,7 @@ async def chat_completions(context: Context, request: Request, reply: Reply, bod
             "system_fingerprint": job.model.fingerprint,
         }
         if job.delivery.stream:
-            await send_events(reply, _events(job, batch, base, more), job.ignored)
+            await send_stream(reply, batch, _Events(job, batch, base, more), job.ignored)
             return
         choices = await collect(batch)
         base["choices"] = [_whole(job, i, c) for i, c in enumerate(choices)]
@@ -207,41 +208,53 @@ def _piece(job: Job, index: int, delta: Delta) -> dict[str, Any]:
     return out
 
 
-async def _events(
-    job: Job, batch: Batch, base: dict[str, Any], explain: Callable[[], dict[str, Any]] | None
-) -> AsyncIterator[bytes]:
-    delivery = job.delivery
-    wants_tokens = job.num_top is not None or delivery.return_token_ids
-    opened: set[int] = set()
+class _Events:
+    """The events of a stream; see `streaming.Form`."""
 
-    def chunk(choice: dict[str, Any], **more: Any) -> dict[str, Any]:
-        value = {**base, "choices": [choice], **more}
-        if delivery.continuous_usage:
-            value["usage"] = usage_json(batch.usage())
-        elif delivery.include_usage:
+    def __init__(
+        self, job: Job, batch: Batch, base: dict[str, Any], explain: Callable[[], dict[str, Any]] | None
+    ) -> None:
+        self._job, self._batch, self._base, self._explain = job, batch, base, explain
+        self._delivery = job.delivery
+        self._wants_tokens = job.num_top is not None or job.delivery.return_token_ids
+        self._only_text = not (self._wants_tokens or job.delivery.continuous_usage)
+        self._texts: dict[int, TextEvent] = {}
+
+    def piece(self, index: int, delta: Delta) -> bytes:
+        text_event = self._texts.get(index)
+        if text_event is None:
+            opening = self._opening(index, delta)
+            text_event = self._texts[index] = self._text_event(index)
+            return opening + self._rest(index, delta, text_event)
+        return self._rest(index, delta, text_event)
+
+    def last(self) -> bytes:
+        last = last_chunk(self._batch, include_usage=self._delivery.include_usage, explain=self._explain)
+        return event({**self._base, "choices": [], **last}) if last else b""
+
+    def _rest(self, index: int, delta: Delta, text_event: TextEvent) -> bytes:
+        if self._only_text and delta.finish_reason is None:
+            return text_event(delta.text) if delta.text else b""
+        if delta.text or delta.finish_reason or (self._wants_tokens and delta.token_ids):
+            return event(self._chunk(_piece(self._job, index, delta)))
+        return b""
+
+    def _opening(self, index: int, delta: Delta) -> bytes:
+        more = {} if self._texts else _prompt_part(self._job, delta)
+        first = {"role": "assistant", "content": ""}
+        opening = {"index": index, "delta": first, "logprobs": None, "finish_reason": None}
+        return event(self._chunk(opening, **more))
+
+    def _chunk(self, choice: dict[str, Any], **more: Any) -> dict[str, Any]:
+        value = {**self._base, "choices": [choice], **more}
+        if self._delivery.continuous_usage:
+            value["usage"] = usage_json(self._batch.usage())
+        elif self._delivery.include_usage:
             value["usage"] = None
         return value
 
-    def text_event(index: int) -> TextEvent:
-        return TextEvent(lambda text: chunk(_piece(job, index, Delta(choice=index, text=text))))
-
-    only_text = not (wants_tokens or delivery.continuous_usage)
-    texts: dict[int, TextEvent] = {}
-    async for index, delta in batch.deltas():
-        if index not in opened:
-            more = _prompt_part(job, delta) if not opened else {}
-            opened.add(index)
-            first = {"role": "assistant", "content": ""}
-            opening = {"index": index, "delta": first, "logprobs": None, "finish_reason": None}
-            yield event(chunk(opening, **more))
-            texts[index] = text_event(index)
-        if only_text and delta.finish_reason is None:
-            if delta.text:
-                yield texts[index](delta.text)
-        elif delta.text or delta.finish_reason or (wants_tokens and delta.token_ids):
-            yield event(chunk(_piece(job, index, delta)))
-    if last := last_chunk(batch, include_usage=delivery.include_usage, explain=explain):
-        yield event({**base, "choices": [], **last})
+    def _text_event(self, index: int) -> TextEvent:
+        return TextEvent(lambda text: self._chunk(_piece(self._job, index, Delta(choice=index, text=text))))
 
 
 def _prompt_part(job: Job, delta: Delta) -> dict[str, Any]:

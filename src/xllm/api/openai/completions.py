@@ -6,7 +6,7 @@ its log probabilities stand before the output, as evaluation harnesses need.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,8 @@ from xllm.api.openai.params import (
     read_sampling,
 )
 from xllm.api.openai.refused import read_inert, refuse_unsupported
-from xllm.api.sse import TextEvent, event, send_events
+from xllm.api.openai.streaming import send_stream
+from xllm.api.sse import TextEvent, event
 from xllm.errors import RequestError
 from xllm.service.draft import RequestDraft
 from xllm.service.stream import Delta
@@ -89,7 +90,7 @@ async def completions(context: Context, request: Request, reply: Reply, body: di
             "system_fingerprint": job.model.fingerprint,
         }
         if job.delivery.stream:
-            await send_events(reply, _events(job, batch, base, more), job.ignored)
+            await send_stream(reply, batch, _Events(job, batch, base, more), job.ignored)
             return
         choices = await collect(batch)
         formats = [_ChoiceFormat(job, i // batch.n) for i in range(len(choices))]
@@ -249,35 +250,44 @@ class _ChoiceFormat:
         return self._tokenizer.decode(list(self._prompt.token_ids), skip_special_tokens=skip)
 
 
-async def _events(
-    job: Job, batch: Batch, base: dict[str, Any], explain: Callable[[], dict[str, Any]] | None
-) -> AsyncIterator[bytes]:
-    formats = [_ChoiceFormat(job, i // batch.n) for i in range(batch.num_choices)]
-    delivery = job.delivery
+class _Events:
+    """The events of a stream; see `streaming.Form`."""
 
-    def chunk(choice: dict[str, Any] | None) -> dict[str, Any]:
-        value = {**base, "choices": [choice]}
-        if delivery.continuous_usage:
-            value["usage"] = usage_json(batch.usage())
-        elif delivery.include_usage:
+    def __init__(
+        self, job: Job, batch: Batch, base: dict[str, Any], explain: Callable[[], dict[str, Any]] | None
+    ) -> None:
+        self._batch, self._base, self._explain = batch, base, explain
+        self._delivery = job.delivery
+        self._formats = [_ChoiceFormat(job, i // batch.n) for i in range(batch.num_choices)]
+        self._texts: dict[int, TextEvent] = {}
+
+    def piece(self, index: int, delta: Delta) -> bytes:
+        form = self._formats[index]
+        if form.is_only_text(delta) and not self._delivery.continuous_usage:
+            if not delta.text:
+                return b""
+            text_event = self._texts.get(index)
+            if text_event is None:
+                text_event = self._texts[index] = self._text_event(index)
+            return text_event(delta.text)
+        choice = form.piece(index, delta)
+        return b"" if choice is None else event(self._chunk(choice))
+
+    def last(self) -> bytes:
+        last = last_chunk(self._batch, include_usage=self._delivery.include_usage, explain=self._explain)
+        return event({**self._base, "choices": [], **last}) if last else b""
+
+    def _chunk(self, choice: dict[str, Any] | None) -> dict[str, Any]:
+        value = {**self._base, "choices": [choice]}
+        if self._delivery.continuous_usage:
+            value["usage"] = usage_json(self._batch.usage())
+        elif self._delivery.include_usage:
             value["usage"] = None
         return value
 
-    def text_event(index: int) -> TextEvent:
-        return TextEvent(lambda text: chunk(formats[index].piece(index, Delta(choice=index, text=text))))
-
-    texts: dict[int, TextEvent] = {}
-    async for index, delta in batch.deltas():
-        if not delivery.continuous_usage and formats[index].is_only_text(delta):
-            if not delta.text:
-                continue
-            if index not in texts:
-                texts[index] = text_event(index)
-            yield texts[index](delta.text)
-        elif (choice := formats[index].piece(index, delta)) is not None:
-            yield event(chunk(choice))
-    if last := last_chunk(batch, include_usage=delivery.include_usage, explain=explain):
-        yield event({**base, "choices": [], **last})
+    def _text_event(self, index: int) -> TextEvent:
+        form = self._formats[index]
+        return TextEvent(lambda text: self._chunk(form.piece(index, Delta(choice=index, text=text))))
 
 
 def renamed(error: RequestError, old: str, new: str) -> RequestError:
