@@ -31,13 +31,13 @@ def first(smollm2: str, cache: Path) -> Iterator[ServerProcess]:
     path, why = find()
     if path is None:
         pytest.skip(f"no native kernels: {why}")
-    with serve(smollm2, "--weights-cache", str(cache), *SETTINGS) as server:
+    with serve(smollm2, *SETTINGS, env={**os.environ, "XLLM_WEIGHTS_CACHE": str(cache)}) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def second(smollm2: str, cache: Path, first: ServerProcess) -> Iterator[ServerProcess]:
-    with serve(smollm2, "--weights-cache", str(cache), *SETTINGS) as server:
+    with serve(smollm2, *SETTINGS, env={**os.environ, "XLLM_WEIGHTS_CACHE": str(cache)}) as server:
         yield server
 
 

@@ -51,6 +51,12 @@ _COUNTERS: _Rows = (
     ("vllm:prompt_tokens", "Prompt tokens processed", lambda e: e.prompt_tokens),
     ("vllm:generation_tokens", "Tokens generated", lambda e: e.generation_tokens),
     ("xllm:engine_steps", "Steps run", lambda e: e.step),
+    ("xllm:step_gaps", "Steps that followed another one while there was work", lambda e: e.num_step_gaps),
+    (
+        "xllm:step_gap_seconds",
+        "Time for which the device idled between such steps",
+        lambda e: e.step_gaps_ms / 1000,
+    ),
     ("xllm:program_captures", "Programs made, one for each shape bucket", lambda e: e.program_captures),
     ("xllm:program_replays", "Programs run", lambda e: e.program_replays),
     ("xllm:eager_steps", "Steps beyond every bucket", lambda e: e.num_eager_steps),

@@ -105,7 +105,8 @@ class EngineLoop:
         # for the next one.
         self._tell_news()
         core.begin_turn()
-        core.plan()
+        if not core.steps:
+            core.plan()
         if core.may_plan_ahead:
             self._take_messages_until(plan_at_s(core.steps.began_s, core.steps.predicted_ms))
             self._tell_news()

@@ -1,6 +1,7 @@
 """The steps that an engine core has under way: handed over, collected in order, and timed.
 
-What a step computes is the scheduler's, when the next is planned the loop's business. Owned by the step thread.
+What a step computes is the scheduler's, when the next is planned the loop's business. Owned by the step
+thread.
 """
 
 from __future__ import annotations

@@ -124,32 +124,53 @@ class DeviceLostError(Exception):
     """A request took the device down, and the process with it."""
 
 
-TokensOf = Callable[[int], Sequence[int]]
-"""All tokens of a planned sequence."""
+TokensOf = Callable[[int], Sequence[int] | None]
+"""All tokens of a sequence in the oldest step under way; None = it has ended since."""
 
 
 class SimExecutor(InProcExecutor):
-    """Runs a step at once and says how long it would have taken."""
+    """Runs a step at once when it begins, and says how long it would have taken."""
 
-    def __init__(self, runner: SimRunner, step_time: StepCost, tokens_of: TokensOf) -> None:
-        super().__init__(runner)
+    def __init__(
+        self, runner: SimRunner, step_time: StepCost, tokens_of: TokensOf, *, lookahead: bool = False
+    ) -> None:
+        super().__init__(runner, lookahead=lookahead)
         self._runner: SimRunner = runner
         self._step_time = step_time
         self._tokens_of = tokens_of
+        self._result: StepResult | None = None
         self.slowdown = 1.0
         self.last_step_ms = 0.0
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        if not plan.sequences:
-            return super().execute(plan)  # copies between steps
-        if any(entry.start == 0 and entry.tokens[0] == POISON for entry in plan.sequences):
-            raise DeviceLostError
+    def submit(self, plan: StepPlan) -> None:
         if len({entry.seq_id for entry in plan.sequences}) != len(plan.sequences):
             raise InternalError("a sequence is in one plan twice")
-        result = super().execute(plan)
+        super().submit(plan)
+
+    def begin(self) -> None:
+        """Compute the oldest step; `last_step_ms` says how long that takes."""
+        if self._result is None:
+            self._result = self._compute(self._plans[0])
+
+    def collect(self) -> StepResult:
+        self.begin()
+        result, self._result = self._result, None
+        if result is None:
+            raise InternalError("no step is under way")
+        return result
+
+    def _compute(self, plan: StepPlan) -> StepResult:
+        result = super().collect()
+        if result.dropped:
+            self.last_step_ms = 0.0
+            return result
+        if any(entry.start == 0 and entry.tokens[0] == POISON for entry in plan.sequences):
+            raise DeviceLostError
         # Afterwards, since copies belong to the step; rows never write what a row before them reads.
         for entry in plan.sequences:
-            self._runner.check(entry, self._tokens_of(entry.seq_id))
+            tokens = self._tokens_of(entry.seq_id)
+            if tokens is not None:
+                self._runner.check(entry, tokens)
         self.last_step_ms = self.slowdown * planned_ms(self._step_time, plan)
         return msgspec.structs.replace(result, elapsed_ms=self.last_step_ms)
 
@@ -207,7 +228,13 @@ def build_device(
         eos_token_ids=(EOS,),
     )
     runner = (SimRunner if exact else TimeRunner)(layout, num_pages, draws)
-    executor = SimExecutor(runner, step_time, lambda seq_id: scheduler._planned[seq_id].tokens)
+
+    def tokens_of(seq_id: int) -> Sequence[int] | None:
+        seq = next(scheduler.flights).sequences.get(seq_id)
+        return None if seq is None else seq.tokens
+
+    lookahead = config.async_scheduling == "on"
+    executor = SimExecutor(runner, step_time, tokens_of, lookahead=lookahead)
     card = ModelCard(
         model_id=model_id,
         aliases=(),

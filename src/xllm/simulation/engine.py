@@ -58,6 +58,7 @@ class SimEngine:
         self._may_run.set()
         self._may_compute = asyncio.Event()
         self._may_compute.set()
+        self._step_s = (0.0, 0.0)
         self._tasks: list[asyncio.Task[None]] = []
         self._main: asyncio.Task[None] | None = None
         self._transfers = None if network is None else self._data_plane(network)
@@ -142,8 +143,8 @@ class SimEngine:
         try:
             if parent is not None:
                 parent.send(ready)
-            loop = VirtualEngineLoop(device.core, ASSETS, self._inbox, ready, parent)
-            await loop.run_virtually(self._may_run, self._take_time)
+            loop = VirtualEngineLoop(device.core, ASSETS, self._inbox, ready, parent, self)
+            await loop.run_virtually(self._may_run)
             self.exited_in_order = True
         except DeviceLostError:
             self.died_of_request = True
@@ -167,11 +168,17 @@ class SimEngine:
         )
         return StepTransfers(transfers, may_run=self._may_run.wait, spawn=self._spawn)
 
-    async def _take_time(self) -> None:
-        seconds = self.device.executor.last_step_ms / 1000
+    def begin(self) -> None:
+        executor = self.device.executor
+        executor.begin()
+        seconds = executor.last_step_ms / 1000
+        self._step_s = (self._loop.time(), seconds)
         if self._transfers is not None:
             self._transfers.step_takes(seconds)
-        await asyncio.sleep(seconds)
+
+    async def take_time(self, ratio: float) -> None:
+        began_s, seconds = self._step_s
+        await asyncio.sleep(max(0.0, began_s + ratio * seconds - self._loop.time()))
         await self._may_compute.wait()
 
     async def _read(self, port: SimPort) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import queue
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
+from typing import Protocol
 
 from xllm.engine.core import EngineCore
 from xllm.engine.loop import HEARTBEAT_S, EngineLoop
@@ -56,6 +57,19 @@ class SimPort:
         self.end_.outbound.end()
 
 
+LATE = 0.85
+"""The next step is planned when so much of this one's time is over."""
+
+
+class StepTime(Protocol):
+    """The time of the oldest step under way."""
+
+    def begin(self) -> None: ...
+
+    async def take_time(self, ratio: float) -> None:
+        """Until so much of it is over."""
+
+
 class VirtualEngineLoop(EngineLoop):
     """The message loop, taken apart where it would block a thread."""
 
@@ -66,12 +80,14 @@ class VirtualEngineLoop(EngineLoop):
         inbox: SimInbox,
         ready: Ready,
         parent: Port | None,
+        device: StepTime,
     ) -> None:
         super().__init__(core, assets, inbox, ready, parent=parent)
         self._virtual_inbox = inbox
+        self._device = device
 
-    async def run_virtually(self, may_run: asyncio.Event, take_time: Callable[[], Awaitable[None]]) -> None:
-        """`EngineLoop.run`; a step's results are there, and leave, when `take_time` is over."""
+    async def run_virtually(self, may_run: asyncio.Event) -> None:
+        """`EngineLoop.run`; a step's results are there, and leave, when its time is over."""
         self._kv.tell(may_wait=False)
         ran = False
         while True:
@@ -80,23 +96,32 @@ class VirtualEngineLoop(EngineLoop):
             await may_run.wait()
             if not self._take_messages(may_wait=False):
                 break
-            self._answer_moves()
-            ran = await self._advance(may_run, take_time)
+            ran = await self._turn_virtually(may_run)
             if not self._publish(ran):
                 break
         self._finish()
 
-    async def _advance(self, may_run: asyncio.Event, take_time: Callable[[], Awaitable[None]]) -> bool:
-        """`EngineCore.advance`: what a step computes is in its pages at once, and known at its end."""
+    async def _turn_virtually(self, may_run: asyncio.Event) -> bool:
+        """`EngineLoop._turn`: what a step computes is in its pages at once, and known at its end."""
         core = self._core
-        plan = core.begin_step()
-        if plan is not None:
-            result = core.execute(plan)
-            await take_time()
+        self._tell_news()
+        core.begin_turn()
+        if not core.steps:
+            core.plan()
+        if core.steps:
+            self._device.begin()
+            if core.may_plan_ahead:
+                await self._device.take_time(LATE)
+                await may_run.wait()
+                self._take_messages_until(0.0)
+                self._tell_news()
+                if core.steps:
+                    core.plan()
+            await self._device.take_time(1.0)
             await may_run.wait()
-            core.end_step(plan, result)
-        core.check_idle()
-        return plan is not None
+            if not core.steps:
+                return True  # a message had it ended
+        return core.collect()
 
     async def _await_message(self, may_run: asyncio.Event) -> None:
         """Until there is one; on each heartbeat without one the fronts are told that nothing happens."""

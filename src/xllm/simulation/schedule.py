@@ -105,6 +105,8 @@ POLICIES = ("round-robin", "least-load", "cache-aware", "slo-aware")
 def make_schedule(seed: int) -> Schedule:
     """The schedule of a seed: every number in it is drawn from that."""
     schedule = _without_hand_overs(seed)
+    if random.Random(f"lookahead of {seed}").random() < 0.5:
+        schedule = replace(schedule, scheduler=replace(schedule.scheduler, async_scheduling="on"))
     # Their own source, so that what a seed meant before there were hand-overs has not changed.
     rng = random.Random(f"hand-overs of {seed}")
     num_instances = len(schedule.starts_s)

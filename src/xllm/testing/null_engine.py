@@ -91,8 +91,8 @@ def null_engine(
     lookahead: bool = False,
 ) -> NullEngine:
     """A fresh engine; `num_pages` per group. With `shared` its pages outlive it, and `keeper` is set; with
-    `wire` it exchanges pages with the others there, as `name`. With `lookahead` each step is planned before the
-    one in front of it is collected."""
+    `wire` it exchanges pages with the others there, as `name`. With `lookahead` each step is planned before
+    the one in front of it is collected."""
     config = config or SchedulerConfig()
     clock = FakeClock()
     memory = PageManager(groups, [num_pages] * len(groups), enable_prefix_caching)

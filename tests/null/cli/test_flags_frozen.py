@@ -14,8 +14,8 @@ SETTINGS = """
 --model --tokenizer --revision --served-model-name --dtype --quantize --load-format
 --max-model-len --chat-template --seed --kv-cache-memory-bytes --num-pages --kv-cache-dtype
 --enable-prefix-caching --max-num-seqs --max-num-batched-tokens --enable-chunked-prefill
---scheduling-policy --async-scheduling --max-num-queued-reqs --logits-processors --platform --num-threads --programs
---cpus --config
+--scheduling-policy --async-scheduling --max-num-queued-reqs --logits-processors --platform --num-threads
+--programs --cpus --config
 """.split()
 
 SERVING = """

@@ -93,7 +93,7 @@ def test_a_page_that_an_abort_loses(monkeypatch: Patch) -> None:
     abort = Scheduler.abort
 
     def leaky(self: Scheduler, request_id: str, *args: Any) -> bool:
-        for (_, known), request in self._requests.items():
+        for (_, known), request in self._books.requests.items():
             for seq in request.sequences:
                 if known == request_id and seq.table is not None and seq.table.num_pages:
                     seq.table.pages[0].pop()

@@ -58,7 +58,7 @@ class InProcExecutor:
         result = self._run(plan) if self._queue is None else self._collect(self._queue, plan)
         if result.rerun:
             self._num_dropped = len(self._plans)
-        self._before = result if self._plans else None
+        self._before = result
         return result
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -74,10 +74,10 @@ class InProcExecutor:
         try:
             result = queue.collect()
         except Exception:
+            log.exception(_ONE_BY_ONE, plan.step, len(plan.sequences))
             for _ in self._plans:
                 queue.collect()  # dropped; the runner is ours again
-            filled = fill_in(plan, self._before)
-            return self._one_by_one(plan, filled)
+            return self._one_by_one(plan, fill_in(plan, self._before))
         if result.elapsed_ms == 0.0:
             result = msgspec.structs.replace(result, elapsed_ms=(result.ended_s - result.began_s) * 1000)
         return result
@@ -95,6 +95,7 @@ class InProcExecutor:
             result = self._runner.execute(filled)
             result = self._with(result, left_out(plan, filled))
         except Exception:
+            log.exception(_ONE_BY_ONE, plan.step, len(plan.sequences))
             result = self._one_by_one(plan, filled)
         result = msgspec.structs.replace(result, elapsed_ms=(time.perf_counter() - started) * 1000)
         if self._clock is None or result.ended_s:
@@ -106,7 +107,6 @@ class InProcExecutor:
         return msgspec.structs.replace(result, sequences=(*result.sequences, *more)) if more else result
 
     def _one_by_one(self, plan: StepPlan, filled: StepPlan) -> StepResult:
-        log.exception("step %d failed; running its %d sequences one by one", plan.step, len(plan.sequences))
         results: list[SequenceResult] = []
         for sequence in filled.sequences:
             results.extend(self._alone(filled, sequence))
@@ -123,6 +123,7 @@ class InProcExecutor:
             return (SequenceResult(seq_id=sequence.seq_id, error=_STEP_FAILED),)
 
 
+_ONE_BY_ONE = "step %d failed; running its %d sequences one by one"
 _STEP_FAILED = ErrorInfo(
     kind="InternalError", code="internal_error", message="the engine failed to compute this request"
 )

@@ -10,6 +10,7 @@ import msgspec
 from xllm.engine.plan import SequencePlan, SequenceResult, StepPlan, StepResult
 from xllm.engine.sampling import needs_history
 
+
 def fill_in(plan: StepPlan, before: StepResult | None) -> StepPlan:
     """The plan with every pending token known from the step `before`.
 

@@ -1,7 +1,7 @@
 """Absorbing a result: sequences advance, fork and end; drawn tokens and logprobs become frames.
 
-Whether a token ends its sequence is seen here, one step late where the next one is under way already: that one
-has a row for it then, which is thrown away at its own absorb and counted nowhere.
+Whether a token ends its sequence is seen here, one step late where the next one is under way already: that
+one has a row for it then, which is thrown away at its own absorb and counted nowhere.
 """
 
 from __future__ import annotations

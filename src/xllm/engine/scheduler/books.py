@@ -47,9 +47,7 @@ class Books:
 
     # -- sequences ------------------------------------------------------------------------------
 
-    def add(
-        self, request: Request, choice: int, draws: tuple[int, ...], tokens: tuple[int, ...]
-    ) -> Sequence:
+    def add(self, request: Request, choice: int, draws: tuple[int, ...], tokens: tuple[int, ...]) -> Sequence:
         seq = Sequence(
             seq_id=self._next_seq_id,
             choice=choice,

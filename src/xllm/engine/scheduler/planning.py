@@ -23,9 +23,10 @@ class _NotAheadError(Exception):
 
 
 class Planner:
-    """Why everybody always gets on: pages go from later to earlier ranks, or from those that wait for a reader,
-    never the other way. So the first-ranked of the running ones is never robbed and advances until it ends; with
-    none running, the first-ranked waiting one may take every page there is, and `submit` saw that it fits.
+    """Why everybody always gets on: pages go from later to earlier ranks, or from those that wait for a
+    reader, never the other way. So the first-ranked of the running ones is never robbed and advances until it
+    ends; with none running, the first-ranked waiting one may take every page there is, and `submit` saw that
+    it fits.
     A plan that would rob somebody is not made ahead, so the next one is made with nothing under way.
     """
 
