@@ -1,7 +1,7 @@
 """Runs the native code under sanitisers: `make sanitize`. Clean, or it ends with an error.
 
 Every path this processor can run, built apart under build/: addresses, leaks and undefined behaviour in the
-C++ program and in the tests of the kernels; data races in the C++ program, whose three threads share a pool.
+C++ programs and in the tests of the kernels; data races in the C++ programs, whose three threads share a pool.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 from xllm.engine.kernels.native.build import build
@@ -26,7 +27,8 @@ COMMON = ("-g", "-O1", "-fno-omit-frame-pointer")
 MEMORY = (*COMMON, "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 THREADS = (*COMMON, "-fsanitize=thread")
 # What goes through whole processes is left out: the sanitised library does not reach those.
-TESTS = ("gemm", "ops", "sampling", "programs", "bitwise", "weights_cache", "platform", "classes")
+TESTS = ("gemm", "ops", "sampling", "programs", "queue", "bitwise", "weights_cache", "platform", "classes")
+PROGRAMS = ("rows", "queue")
 FAULT = """
 import numpy as np, tests.native.sanitized
 from tests.native.native_driver import library
@@ -46,17 +48,17 @@ def run(command: Sequence[str], settings: Mapping[str, str]) -> None:
     print(f"== sanitize: clean, {time.monotonic() - started:.0f} s", flush=True)
 
 
-def made(isas: Sequence[Isa], flags: Sequence[str], directory: Path) -> Path:
-    """The libraries with these flags, and the C++ program beside them."""
+def made(isas: Sequence[Isa], flags: Sequence[str], directory: Path) -> list[Path]:
+    """The libraries with these flags, and the C++ programs beside them."""
     lines = build(isas, extra=flags, directory=directory)
     print("\n".join(lines), flush=True)
     if any("failed" in line for line in lines):
         sys.exit("== sanitize: not built")
-    program = directory / "rows"
-    source = SOURCES / "tests" / "rows.cpp"
     options = ("-std=c++17", *flags, f"-I{SOURCES / 'include'}", "-pthread")
-    subprocess.run([COMPILER, *options, str(source), "-o", str(program), "-ldl"], check=True)
-    return program
+    for name in PROGRAMS:
+        source, program = SOURCES / "tests" / f"{name}.cpp", directory / name
+        subprocess.run([COMPILER, *options, str(source), "-o", str(program), "-ldl"], check=True)
+    return [directory / name for name in PROGRAMS]
 
 
 def runtime(name: str) -> str:
@@ -83,16 +85,16 @@ def main() -> None:
     if digest is None or shutil.which(COMPILER) is None or platform.machine() != "x86_64":
         sys.exit("== sanitize: this needs the source tree, g++ and x86-64")
     isas = usable(cpu_flags())
-    program = made(isas, MEMORY, BUILD / "memory")
-    for isa in isas:
-        print(f"== sanitize: addresses, leaks, undefined behaviour: rows.cpp, {isa.name}", flush=True)
+    programs = made(isas, MEMORY, BUILD / "memory")
+    for program, isa in product(programs, isas):
+        print(f"== sanitize: addresses, leaks, undefined behaviour: {program.name}, {isa.name}", flush=True)
         run(
             [str(program), str(library_path(isa, digest, BUILD / "memory"))],
             {"ASAN_OPTIONS": "detect_leaks=1"},
         )
-    program = made(isas, THREADS, BUILD / "threads")
-    for isa in isas:
-        print(f"== sanitize: races: rows.cpp, {isa.name}", flush=True)
+    programs = made(isas, THREADS, BUILD / "threads")
+    for program, isa in product(programs, isas):
+        print(f"== sanitize: races: {program.name}, {isa.name}", flush=True)
         # Its runtime knows less address space than kernels now randomise over.
         before = [shutil.which("setarch") or "setarch", "--addr-no-randomize"]
         run([*before, str(program), str(library_path(isa, digest, BUILD / "threads"))], {})
