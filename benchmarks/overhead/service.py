@@ -1,7 +1,8 @@
 """What the service layer adds: the same engine driven over HTTP and directly over the wire, in one run.
 
 Rounds in turn: single requests for the time to the first token, then many at once for throughput. The
-direct client lives in this process, speaks the engine's messages and looks at no text.
+direct client lives in this process, speaks the engine's messages and looks at no text. What clients and front
+take of the CPU is told per token: clients share the cores with the engine, and count as HTTP's cost.
 
     python -m benchmarks.overhead.service --model smollm2
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare import machine
+from benchmarks.overhead.__main__ import cpu_ns
 from benchmarks.overhead.client import run_streams
 from xllm.config import EngineConfig
 from xllm.config.load import from_keywords
@@ -102,9 +104,18 @@ def _some(sock: socket.socket) -> bytes:
     return data
 
 
-async def measure(args: argparse.Namespace, port: int, engine: LocalEngine) -> dict[str, list[float]]:
+COLUMNS = (
+    "ttft_http", "ttft_wire", "rate_http", "rate_wire",
+    "cpu_us_front", "cpu_us_http_client", "cpu_us_wire_client",
+)  # fmt: skip
+
+
+async def measure(
+    args: argparse.Namespace, port: int, front_pid: int, engine: LocalEngine
+) -> dict[str, list[float]]:
     """Rounds in turn, so that both see the same machine."""
-    seen: dict[str, list[float]] = {"ttft_http": [], "ttft_wire": [], "rate_http": [], "rate_wire": []}
+    seen: dict[str, list[float]] = {name: [] for name in COLUMNS}
+    num_tokens = args.streams * args.tokens
     index = 0
     for number in range(args.rounds + 1):
         http, wire = [], []
@@ -112,17 +123,23 @@ async def measure(args: argparse.Namespace, port: int, engine: LocalEngine) -> d
             index += 1
             http.append(await asyncio.to_thread(http_ttft_s, port, "paced", index, 64, 8))
             wire += await direct(engine, [spec(index, engine.card.model_id, 64, 8)])
-        began_s = time.perf_counter()
+        began_s, front_ns, own_s = time.perf_counter(), cpu_ns(front_pid), time.process_time()
         await asyncio.to_thread(run_streams, port, args.streams, args.tokens)
-        http_rate = args.streams * args.tokens / (time.perf_counter() - began_s)
-        began_s = time.perf_counter()
+        http_rate = num_tokens / (time.perf_counter() - began_s)
+        front_us = (cpu_ns(front_pid) - front_ns) / 1000 / num_tokens
+        http_client_us = (time.process_time() - own_s) * 1e6 / num_tokens
+        began_s, own_s = time.perf_counter(), time.process_time()
         await direct(engine, [spec(i, engine.card.model_id, 16, args.tokens) for i in range(args.streams)])
-        wire_rate = args.streams * args.tokens / (time.perf_counter() - began_s)
+        wire_rate = num_tokens / (time.perf_counter() - began_s)
+        wire_client_us = (time.process_time() - own_s) * 1e6 / num_tokens
         if number:  # the first round warms up
             seen["ttft_http"] += http
             seen["ttft_wire"] += wire
             seen["rate_http"].append(http_rate)
             seen["rate_wire"].append(wire_rate)
+            seen["cpu_us_front"].append(front_us)
+            seen["cpu_us_http_client"].append(http_client_us)
+            seen["cpu_us_wire_client"].append(wire_client_us)
     return seen
 
 
@@ -133,7 +150,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         flags = [f"--{name.replace('_', '-')}={str(value).lower()}" for name, value in SETTINGS.items()]
         flags = [f.replace("--enable-prefix-caching=false", "--no-enable-prefix-caching") for f in flags]
         with serve(args.model, "--served-model-name", "paced", "--log-level", "warning", *flags) as server:
-            seen = await measure(args, server.port, engine)
+            seen = await measure(args, server.port, server.pid, engine)
     finally:
         await engine.terminate()
     median = {name: statistics.median(values) for name, values in seen.items()}
@@ -146,6 +163,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_s_http": round(median["rate_http"], 1),
         "tokens_per_s_wire": round(median["rate_wire"], 1),
         "lost_throughput_percent": round(100 * (1 - median["rate_http"] / median["rate_wire"]), 2),
+        "cpu_us_a_token": {n.removeprefix("cpu_us_"): round(median[n], 1) for n in COLUMNS if n[:3] == "cpu"},
         "rates_http": [round(v, 1) for v in seen["rate_http"]],
         "rates_wire": [round(v, 1) for v in seen["rate_wire"]],
     }

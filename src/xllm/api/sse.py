@@ -41,13 +41,17 @@ class TextEvent:
 def heartbeat(reply: Reply) -> Iterator[None]:
     """Comments keep proxies from closing a quiet stream and show us a client that vanished."""
     loop = asyncio.get_running_loop()
+    timer: asyncio.TimerHandle
 
-    def beat() -> None:
+    def wait() -> None:
         nonlocal timer
-        reply.probe()
         timer = loop.call_later(KEEP_ALIVE_S, beat)
 
-    timer = loop.call_later(KEEP_ALIVE_S, beat)
+    def beat() -> None:
+        reply.probe()
+        wait()
+
+    wait()
     try:
         yield
     finally:
