@@ -325,6 +325,7 @@ class Scheduler:
             start=start,
             tokens=tuple(seq.tokens[start:end]),
             pages=_table(seq).as_plan(),
+            space=_table(seq).space,
             first_logit_row=first_logit_row,
             sample=self._sample_op(seq, request) if draws else None,
             prompt_logprobs=num_top,

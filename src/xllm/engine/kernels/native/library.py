@@ -13,7 +13,7 @@ from typing import Any
 from xllm.engine.kernels.native.isa import cpu_flags, find_library, usable
 from xllm.errors import InternalError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ERROR_MEMORY = 1
 STOPPED = 3
 """No error: a program came to the end of a layer and was asked to stop there."""

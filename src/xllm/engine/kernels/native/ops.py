@@ -32,6 +32,7 @@ from xllm.engine.kernels.native.plan import make_plan
 from xllm.engine.kernels.native.programs import Programs
 from xllm.engine.kernels.native.recording import record_forward, record_head
 from xllm.engine.kernels.native.sampling import NativeDrawer
+from xllm.engine.kernels.native.spaces import SpaceMapper
 from xllm.engine.kernels.ops import F32, I64, Buffer, KVSpan, RopeTable
 from xllm.engine.kernels.programs import LoadedModel
 from xllm.errors import InternalError
@@ -96,13 +97,15 @@ class NativeOps:
         keeps_codes: bool = False,
         kv_dtype: KVDtype = "bfloat16",
         page_memory: PageMemory = private_pages,
+        spaces: SpaceMapper | None = None,
     ) -> None:
         """`linear_class` is how linears are kept, `head_class` embedding and head.
 
         With `keeps_codes`, what the file stores as codes in groups of 32 is computed on as it is stored.
-        `page_memory` is called once per KV group, in order.
+        `page_memory` is called once per KV group, in order; with `spaces` theirs is.
         """
-        self._page_memory = page_memory
+        self._page_memory = page_memory if spaces is None else spaces.memory
+        self._spaces = spaces
         self._lib = library
         self._linear_class, self._head_class = linear_class, head_class
         self._keeps_codes = keeps_codes
@@ -219,7 +222,7 @@ class NativeOps:
         layers = [(g, _pages(p)) for g, p in zip(model.layout.groups, model.pages, strict=True)]
         forward = record_forward(model.forward, model.pages)
         head = record_head(model.head, forward.result.width)
-        return Programs(self._lib, self._pool, forward, head, layers, model.num_heads, owner=self)
+        return Programs(self._lib, self._pool, forward, head, layers, model.num_heads, self, self._spaces)
 
     # Operations of a model.
 

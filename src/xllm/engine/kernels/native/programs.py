@@ -21,9 +21,12 @@ from xllm.engine.kernels.native.handles import Array, Matrix, Pages, Rows, align
 from xllm.engine.kernels.native.library import STOPPED, check
 from xllm.engine.kernels.native.program import Program
 from xllm.engine.kernels.native.recording import Recording, Value
+from xllm.engine.kernels.native.spaces import SpaceMapper
 from xllm.engine.kernels.ops import F32, Buffer
 from xllm.engine.kernels.programs import ProgramCounters
-from xllm.engine.plan import SequencePlan
+from xllm.engine.kernels.spaces import SpaceTable
+from xllm.engine.memory.leases import FREED
+from xllm.engine.plan import NO_SPACE, SequencePlan
 from xllm.errors import InternalError
 from xllm.types import KVGroup
 
@@ -53,7 +56,7 @@ class KVGroupStruct(ctypes.Structure):
         ("pages", ctypes.c_void_p),
         *((n, ctypes.c_int64) for n in (
             "num_pages", "num_heads", "num_kv_heads", "head_dim", "num_layers", "window",
-            "kv_class",
+            "kv_class", "num_spaces", "space_pages",
         )),
     )  # fmt: skip
 
@@ -88,8 +91,9 @@ class Programs:
         layers: Sequence[tuple[KVGroup, Pages]],
         num_heads: int,
         owner: object = None,
+        spaces: SpaceMapper | None = None,
     ) -> None:
-        """`layers`: the KV groups and their pages. `owner` is kept alive: it may own the pool."""
+        """`layers`: the KV groups and their pages, which may have `spaces` behind them. `owner` is kept alive: it may own the pool."""
         if head.source is None:
             raise InternalError("the recording of a head has no source")
         self._lib, self._pool, self._owner = library, pool, owner
@@ -98,7 +102,8 @@ class Programs:
         self._source: Value = head.source
         self._num_groups = len(layers)
         self._pages = [pages for _, pages in layers]
-        structs = (KVGroupStruct * len(layers))(*(_struct(g, p, num_heads) for g, p in layers))
+        self._spaces = spaces
+        structs = (KVGroupStruct * len(layers))(*(_struct(g, p, num_heads, spaces) for g, p in layers))
         self._step: int | None = library.xn_step_create(ctypes.addressof(structs), len(layers))
         if self._step is None:
             raise InternalError("the native kernels could not make a step")
@@ -138,7 +143,7 @@ class Programs:
         )
 
     def forward(self, sequences: Sequence[SequencePlan]) -> Buffer | None:
-        words, num_rows, num_logit_rows = flatten(sequences, self._num_groups)
+        words, num_rows, num_logit_rows = flatten(sequences, self._num_groups, self._spaces)
         if num_rows > BUCKETS[-1]:
             self._eager += 1
             return None
@@ -205,19 +210,25 @@ class Programs:
         return flat.reshape(program.max_rows, program.width)
 
 
-def flatten(sequences: Sequence[SequencePlan], num_groups: int) -> tuple[array[int], int, int]:
+def flatten(
+    sequences: Sequence[SequencePlan], num_groups: int, spaces: SpaceTable | None = None
+) -> tuple[array[int], int, int]:
     """(the words of `xn_step_set`, rows, rows that yield logits)."""
     heads: list[int] = []
     tokens: list[int] = []
     tables: list[list[int]] = [[] for _ in range(num_groups)]
     skipped = 0
     for sequence in sequences:
-        heads += (len(sequence.tokens), sequence.start, sequence.first_logit_row)
+        space = NO_SPACE if spaces is None else spaces.space_of(sequence)
+        heads += (len(sequence.tokens), sequence.start, sequence.first_logit_row, space)
         skipped += sequence.first_logit_row
         tokens += sequence.tokens
         for table, pages in zip(tables, sequence.pages, strict=True):
             heads.append(len(pages))
-            table += pages
+            if space == NO_SPACE:
+                table += pages
+            else:
+                table.append(pages.count(FREED))
     words = array("q", heads)
     words.extend(tokens)
     for table in tables:
@@ -232,7 +243,7 @@ def _fused(library: ctypes.CDLL, recording: Recording) -> Recording:
     return fuse(recording, stride)
 
 
-def _struct(group: KVGroup, pages: Pages, num_heads: int) -> Any:
+def _struct(group: KVGroup, pages: Pages, num_heads: int, spaces: SpaceMapper | None) -> Any:
     return KVGroupStruct(
         pages=pages.ptr,
         num_pages=len(pages.array),
@@ -242,4 +253,6 @@ def _struct(group: KVGroup, pages: Pages, num_heads: int) -> Any:
         num_layers=len(group.layers),
         window=group.window or 0,
         kv_class=pages.kv_class,
+        num_spaces=0 if spaces is None else spaces.num_spaces,
+        space_pages=0 if spaces is None else spaces.space_pages,
     )
