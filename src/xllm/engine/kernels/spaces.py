@@ -1,7 +1,7 @@
 """What stands in which space, as far as it is mapped, and whether a step may read through it.
 
-Shared by all who map: a space is read only if it holds the very pages of the sequence's table, whatever it was
-ordered to hold. So a mapping that is late or refused costs a look into the table, never a wrong byte.
+Shared by all who map: a space is read only if it holds the very pages of the sequence's table, whatever was
+ordered. So a mapping that is late or refused costs a look into the table, never a wrong byte.
 """
 
 from __future__ import annotations

@@ -225,7 +225,7 @@ class PageManager:
         """Fields of a snapshot; none where there are no spaces."""
         if self.spaces is None:
             return {}
-        own, mapped = self.spaces.counters, self.spaces.mapped
+        own, mapped = self.spaces.counters, self.spaces.mapper.counters
         return {
             "kv_maps": mapped.num_maps,
             "kv_kept_pages": own.num_kept,

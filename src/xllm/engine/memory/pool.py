@@ -100,8 +100,8 @@ class PagePool:
         return page
 
     def may_prefer(self, page: int, spare: int) -> bool:
-        """May `allocate` be asked for this very page? A cached one only if no more than `spare` pages are free,
-        and while the cache is of use only if it is old: else pages would be forgotten too early."""
+        """May `allocate` be asked for this very page? A cached one only if no more than `spare` pages are
+        free, and while the cache is of use only if it is old: else pages would be forgotten too early."""
         if page in self._promised:
             return False
         if page in self._free:
@@ -119,8 +119,8 @@ class PagePool:
         return page in self._free or page in self._reusable
 
     def promise(self, preferred: int = -1) -> int | None:
-        """As `allocate`, a page that `allocate` gives to nobody who does not ask for it, while it has another; None if there is
-        none. It changes no state: its name can still be hit."""
+        """As `allocate`, but only a word: nobody else is given the page while there is another one. It changes
+        no state, and its name can still be hit. None if there is no page."""
         page = self._next() if preferred < 0 else preferred
         if page is not None:
             self._promised.add(page)

@@ -1,8 +1,8 @@
 """Spaces: address ranges in which a sequence's pages stand in order, and which of them goes to whom.
 
-A space outlives its sequences. What was mapped in it stays mapped, and the next sequence is given the pages that
-stand there already, as far as they may be taken: then nothing is mapped at all. Policy only. How pages are
-mapped, and whether that is done yet, is the mapper's; a step reads through a space only when it is.
+A space outlives its sequences. What was mapped in it stays mapped, and the next sequence is given the pages
+that stand there already, as far as they may be taken: then nothing is mapped at all. Policy only. How pages
+are mapped, and whether that is done yet, is the mapper's; a step reads through a space only when it is.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Protocol
 
 from xllm.engine.memory.pool import PagePool
 from xllm.engine.plan import NO_SPACE
+from xllm.errors import InternalError
 
 UNMAPPED = -1
 _CANDIDATES = 16
@@ -25,8 +26,8 @@ _PER_SPACE = 2
 
 @dataclass(frozen=True, slots=True)
 class MapCounters:
-    """Parts of steps, one for each sequence in one: `num_read` went through a space, `num_late` through the page
-    table since something was not mapped yet; `num_late_decodes` of these had one row."""
+    """Parts of steps, one for each sequence in one: `num_read` went through a space, `num_late` through the
+    page table since something was not mapped yet; `num_late_decodes` of these had one row."""
 
     num_maps: int = 0
     num_failed: int = 0
@@ -36,8 +37,8 @@ class MapCounters:
 
 
 class Mapper(Protocol):
-    """Maps in its own time; newer orders for an entry replace older ones. Never fails: what cannot be mapped is
-    not there, and its sequence is read through its page table."""
+    """Maps in its own time; newer orders for an entry replace older ones. Never fails: what cannot be mapped
+    is not there, and its sequence is read through its page table."""
 
     @property
     def num_spaces(self) -> int: ...
@@ -77,7 +78,7 @@ class Spaces:
     """
 
     def __init__(self, mapper: Mapper, pools: Sequence[PagePool]) -> None:
-        self._mapper = mapper
+        self.mapper = mapper
         self._pools = pools
         self._entries: dict[int, list[list[int]]] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
@@ -92,10 +93,6 @@ class Spaces:
         self.counters = SpaceCounters()
 
     @property
-    def mapped(self) -> MapCounters:
-        return self._mapper.counters
-
-    @property
     def num_mappings(self) -> int:
         """At most; neighbours in the file that are neighbours in a space are one in fact."""
         return self._num_entries + len(self._pools) * (1 + _PER_SPACE * self._num_used)
@@ -105,11 +102,11 @@ class Spaces:
         return self._num_used - len(self._idle)
 
     def take(self, pages: Sequence[Sequence[int]], num_pages: int) -> int:
-        """A space for a table that has `pages` already and shall have `num_pages` soon; NO_SPACE if there is none.
+        """A space for a table that has `pages` and shall have `num_pages` soon; NO_SPACE if there is none.
 
         Whichever idle one asks for fewest mappings; of equals the one that has been idle longest.
         """
-        if num_pages > self._mapper.space_pages:
+        if num_pages > self.mapper.space_pages:
             return NO_SPACE
         best, most = NO_SPACE, -1
         for space in self._candidates(pages[0]):
@@ -117,7 +114,7 @@ class Spaces:
             if fitting > most:
                 best, most = space, fitting
         if most < len(pages) * num_pages // 2 and len(self._homeless[0]) >= num_pages:
-            # What is evicted for the rest stands nowhere: a further space leaves the others to who comes back.
+            # What is evicted for the rest stands nowhere: a further space leaves the others as they are.
             best = self._fresh(best)
         if best == NO_SPACE:
             best = self._fresh(best)
@@ -145,8 +142,8 @@ class Spaces:
         return page if self._pools[group].may_prefer(page, spare=len(self._idle)) else UNMAPPED
 
     def choose(self, space: int, group: int, index: int) -> int:
-        """The page a table is to be given there: the one that stands there, else one that stands nowhere, so that
-        nobody finds his own one taken; negative: whichever the pool likes."""
+        """The page a table is to be given there: the one that stands there, else one that stands nowhere, so
+        that nobody finds his own one taken; negative: whichever the pool likes."""
         page = self.wanted(space, group, index)
         return page if page != UNMAPPED else self._nowhere(group)
 
@@ -166,8 +163,8 @@ class Spaces:
         self._map(space, group, index, page)
 
     def expect(self, space: int, first: int, end: int) -> None:
-        """The table will soon have pages at first … end − 1: see to it that what it will be given is mapped."""
-        for index in range(first, min(end, self._mapper.space_pages)):
+        """The table will soon have pages at first … end − 1: have mapped what it will be given."""
+        for index in range(first, min(end, self.mapper.space_pages)):
             for g, pool in enumerate(self._pools):
                 if self.wanted(space, g, index) != UNMAPPED:
                     continue
@@ -187,6 +184,18 @@ class Spaces:
             for g, group in enumerate(pages)
             for i, page in enumerate(group)
         )
+
+    def check(self) -> None:
+        """Raise InternalError unless the counts are those of the entries."""
+        entries = [page for groups in self._entries.values() for group in groups for page in group]
+        if self._num_entries != len(entries) - entries.count(UNMAPPED):
+            raise InternalError("mappings are not conserved")
+        for g, homes in enumerate(self._homes):
+            for space, groups in self._entries.items():
+                if any(page != UNMAPPED and space not in homes[page] for page in groups[g]):
+                    raise InternalError("a page stands in a space that is none of its homes")
+            if any(homes.get(page) for page in self._homeless[g]):
+                raise InternalError("a page that has a home counts as homeless")
 
     def _candidates(self, hits: Sequence[int]) -> list[int]:
         """Idle spaces worth a look: that hold the end of the prefix that was hit, and the longest idle."""
@@ -216,7 +225,7 @@ class Spaces:
 
     def _fresh(self, otherwise: int) -> int:
         """One never used, if there is one."""
-        if self._num_used < self._mapper.num_spaces:
+        if self._num_used < self.mapper.num_spaces:
             space = self._num_used
             self._num_used += 1
             self._entries[space] = [[] for _ in self._pools]
@@ -228,20 +237,18 @@ class Spaces:
         return entries[index] if index < len(entries) else UNMAPPED
 
     def _map(self, space: int, group: int, index: int, page: int) -> None:
-        entries = self._entries[space][group]
-        if index < len(entries) and entries[index] == page:
-            return
-        if index >= self._mapper.space_pages or not self._room():
+        before, entries = self._at(space, group, index), self._entries[space][group]
+        if before == page or index >= self.mapper.space_pages or (before == UNMAPPED and not self._room()):
             return
         entries.extend([UNMAPPED] * (index + 1 - len(entries)))
-        if entries[index] == UNMAPPED:
+        if before == UNMAPPED:
             self._num_entries += 1
         else:
-            self._leave(space, group, entries[index])
+            self._leave(space, group, before)
         entries[index] = page
         self._homes[group].setdefault(page, set()).add(space)
         self._homeless[group].pop(page, None)
-        self._mapper.map(space, group, index, page)
+        self.mapper.map(space, group, index, page)
 
     def _leave(self, space: int, group: int, page: int) -> None:
         """The page stands in this space no more, but perhaps in another one."""
@@ -258,7 +265,7 @@ class Spaces:
 
     def _room(self) -> bool:
         """Is one more mapping allowed? Makes room by unmapping what has been idle longest."""
-        while self.num_mappings >= self._mapper.max_mappings:
+        while self.num_mappings >= self.mapper.max_mappings:
             space = next((s for s in self._idle if any(self._entries[s])), NO_SPACE)
             if space == NO_SPACE:
                 return False
@@ -271,7 +278,7 @@ class Spaces:
             self._num_entries -= sum(len(group) - group.count(UNMAPPED) for group in self._entries[space])
             self._entries[space] = [[] for _ in self._pools]
             self.counters.num_unmaps += 1
-            self._mapper.unmap(space)
+            self.mapper.unmap(space)
         return True
 
     def _break_promises(self, space: int) -> None:

@@ -100,8 +100,8 @@ class StepQueue(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltRunner:
-    """`num_pages` per KV group; `report` holds one line per choice, with its reason. `mapper` where the runner
-    can read a sequence's pages in one piece."""
+    """`num_pages` per KV group; `report` holds one line per choice, with its reason. `mapper` where the
+    runner can read a sequence's pages in one piece."""
 
     runner: Runner
     num_pages: tuple[int, ...]

@@ -147,14 +147,15 @@ class NativePlatform:
         shared = anonymous_pages() if shared is None else shared
         if shared is None:
             raise ConfigError(
-                "kv_memory=xtensor: this system has no anonymous files; use kv_memory=paged", param="kv_memory"
+                "kv_memory=xtensor: this system has no anonymous files; use kv_memory=paged",
+                param="kv_memory",
             )
         space_pages = -(-max_model_len // PAGE_SIZE)
         num_groups = len(kv_layout(arch, _DTYPE).groups)
         num_seqs = config.scheduler.max_num_seqs
         spaces = SpaceMapper(shared, num_groups, space_pages, num_seqs)
         most, limit = num_seqs * space_pages * num_groups, spaces.max_mappings
-        why = f"kv_memory=xtensor: as asked; {most} mappings at most for {num_seqs} sequences, {limit} are allowed"
+        why = f"kv_memory=xtensor: as asked; {num_seqs} sequences need {most} mappings, {limit} are allowed"
         if most > limit:
             why += ": beyond, sequences are read through page tables; lower max_model_len or max_num_seqs"
         return shared, spaces, why

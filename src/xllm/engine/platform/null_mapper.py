@@ -1,6 +1,6 @@
 """Spaces of the null device: lists of page numbers that its runner reads and writes through.
 
-Orders are carried out between steps, as many as `pace` says: a mapping that is late, wrong or left over changes
+Orders are carried out between steps, as many as `pace` says: a mapping that is wrong or left over changes
 the tokens. What must not live here: who gets which space or page.
 """
 
@@ -56,6 +56,8 @@ class NullMapper(SpaceTable):
         if space == NO_SPACE:
             return entry.pages
         return tuple(
-            tuple(-1 if page < 0 else there for page, there in zip(group, self.entries(space, g), strict=False))
+            tuple(
+                -1 if page < 0 else there for page, there in zip(group, self.entries(space, g), strict=False)
+            )
             for g, group in enumerate(entry.pages)
         )

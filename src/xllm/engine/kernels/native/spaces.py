@@ -1,8 +1,8 @@
-"""Spaces of KV pages on the CPU: the pool's file mapped a second time, page by page, in the order of a sequence.
+"""Spaces of KV pages on the CPU: the pool's file mapped again, page by page, in a sequence's order.
 
-One reservation per KV group: the pool itself, then the spaces. A thread of its own maps what it is told to and
-rests a lot; a sequence whose pages are not all there yet is read through its page table, so that no step ever
-waits for a mapping. What must not live here: who gets which space or page.
+One reservation per KV group: the pool itself, then the spaces. A thread of its own maps what it is told to,
+and rests a lot; a sequence whose pages are not all there yet is read through its page table, so that no step
+ever waits for a mapping. What must not live here: who gets which space or page.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _FAILED = ctypes.c_void_p(-1).value
 
 @dataclass(frozen=True, slots=True)
 class _Region:
-    """`file_offset` and `address` are those of the pool's first page. `memory` keeps the addresses reserved."""
+    """`file_offset` and `address` are those of the pool's first page. `memory` keeps addresses reserved."""
 
     memory: object
     address: int
@@ -49,7 +49,7 @@ class _Region:
 
 
 class SpaceMapper(SpaceTable):
-    """Implements `memory.spaces.Mapper`. Orders and questions are the step thread's; mapping is its own one's."""
+    """Implements `memory.spaces.Mapper`. Orders and questions come from the step thread."""
 
     def __init__(
         self,
