@@ -119,8 +119,8 @@ class PagePool:
         return page in self._free or page in self._reusable
 
     def promise(self, preferred: int = -1) -> int | None:
-        """As `allocate`, but only a word: nobody else is given the page while there is another one. It changes
-        no state, and its name can still be hit. None if there is no page."""
+        """As `allocate`, but only a word: nobody else is given the page while there is another one. No state
+        changes, and its name can still be hit. None if there is no page."""
         page = self._next() if preferred < 0 else preferred
         if page is not None:
             self._promised.add(page)

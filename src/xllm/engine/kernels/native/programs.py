@@ -93,8 +93,8 @@ class Programs:
         owner: object = None,
         spaces: SpaceMapper | None = None,
     ) -> None:
-        """`layers`: the KV groups and their pages, which may have `spaces` behind them. `owner` is kept alive: it
-        may own the pool."""
+        """`layers`: the KV groups and their pages, which may have `spaces` behind them. `owner` is kept
+        alive: it may own the pool."""
         if head.source is None:
             raise InternalError("the recording of a head has no source")
         self._lib, self._pool, self._owner = library, pool, owner
