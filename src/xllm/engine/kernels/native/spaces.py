@@ -104,7 +104,7 @@ class SpaceMapper(SpaceTable):
         if not self._map_file(region, address, 0, num_pages, populate=False):
             raise ConfigError("kv_memory=xtensor: the pool cannot be mapped", param="kv_memory")
         self._regions.append(region)
-        pages = np.frombuffer(memory, np.uint8).reshape(num_pages, page_bytes)
+        pages = np.frombuffer(memoryview(memory), np.uint8).reshape(num_pages, page_bytes)
         self._shared.over(pages)
         return pages
 
