@@ -16,7 +16,7 @@ TEST_STAMP := $(VENV)/.xllm-test-setup
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help system-packages setup test-setup kernels model serve test lint null reference native integration robustness simulate exactness exactness-moves sanitize bench-ttft bench-serve bench-client bench-overhead bench-overload bench-transfer bench-handover bench-load-shift bench-roles bench-faults bench-service bench-routing bench-routing-live bench-peers bench-compare bench-rates bench-step bench-perplexity soak freeze clean
+.PHONY: help system-packages setup test-setup kernels model serve test lint null reference native integration robustness simulate exactness exactness-moves sanitize bench-ttft bench-serve bench-client bench-overhead bench-overload bench-transfer bench-xtensor bench-handover bench-load-shift bench-roles bench-faults bench-service bench-routing bench-routing-live bench-peers bench-compare bench-rates bench-step bench-perplexity soak freeze clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -120,6 +120,9 @@ bench-faults: test-setup kernels model  ## engines killed and stopped under 32 s
 
 bench-transfer: test-setup  ## KV pages between engines: bytes a second of each way against memcpy
 	@$(BIN)/python -m benchmarks.transfer $(ARGS)
+
+bench-xtensor: test-setup kernels model  ## KV memory in one piece against page tables: kernel time, mappings, reuse
+	@$(BIN)/python -m benchmarks.xtensor --model $(MODEL) $(ARGS)
 
 bench-handover: test-setup kernels model  ## what a hand-over costs: hidden share, first token, first gap, live moves
 	@$(BIN)/python -m benchmarks.handover $(ARGS)

@@ -65,6 +65,9 @@ class Run:
             max_model_len=card.max_model_len,
             eos_token_ids=card.eos_token_ids,
         )
+        self.spaces = built.memory.spaces and built.memory.spaces.mapper
+        if self.spaces is not None:
+            memory.map_into(self.spaces)
         self.memory = memory
         self.scheduler = scheduler
         self.core = EngineCore(card, scheduler, memory, InProcExecutor(built.runner), SystemClock())
@@ -90,6 +93,8 @@ class Run:
                 self.scheduler.committed(frame.request_id, frame.choice, frame.offset + len(frame.tokens))
             frames += came
             step += 1
+            if self.spaces is not None:
+                self.spaces.wait()
             between(step)
         self.memory.check_idle()
         assert_terminal([each.request_id for each in specs], frames)
@@ -97,11 +102,13 @@ class Run:
         return frames
 
 
-def build_smollm2(smollm2: str, *, platform: str, dtype: str, **model: str) -> BuiltEngine:
+def build_smollm2(
+    smollm2: str, *, platform: str, dtype: str, kv_memory: str = "auto", **model: str
+) -> BuiltEngine:
     """The default model on a platform; `model` goes to ModelConfig."""
     config = EngineConfig(
         model=ModelConfig(model=smollm2, dtype=dtype, max_model_len=1024, **model),
-        cache=CacheConfig(num_pages=NUM_PAGES),
+        cache=CacheConfig(num_pages=NUM_PAGES, kv_memory=kv_memory),
         scheduler=SchedulerConfig(max_num_seqs=32, max_num_batched_tokens=1024),
         platform=PlatformConfig(platform=platform),
     )

@@ -113,10 +113,11 @@ def make_engine(
     caching: bool,
     num_threads: int,
     tell: Callable[[TransferEvent], None],
+    kv_memory: str = "auto",
 ) -> Engine:
     config = EngineConfig(
         model=ModelConfig(model="tiny", max_model_len=MAX_LEN),
-        cache=CacheConfig(num_pages=NUM_PAGES, enable_prefix_caching=caching),
+        cache=CacheConfig(num_pages=NUM_PAGES, enable_prefix_caching=caching, kv_memory=kv_memory),  # type: ignore[arg-type]
         scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=budget),
         platform=PlatformConfig(num_threads=num_threads),
         transfer=TransferConfig(transfer=transfer),  # type: ignore[arg-type]
@@ -127,6 +128,8 @@ def make_engine(
     built = platform.create_runner(arch, DummySource(arch), config, MAX_LEN, Sampler())
     runner = built.runner
     memory = PageManager(runner.kv_layout.groups, built.num_pages, caching)
+    if built.mapper is not None:
+        memory.map_into(built.mapper)
     card = msgspec.structs.replace(
         null_card(sum(built.num_pages), MAX_LEN),
         vocab_size=arch.vocab_size,

@@ -181,8 +181,10 @@ XN_EXPORT int32_t xn_select_rows(
 
 // Rows `row` … row + num_rows − 1 of the step hold positions `start` … of one sequence; its blocks'
 // pages are page_table[first_page …], where entry i holds positions [64·i, 64·i + 64), −1 = given back.
+// Where `base` is not −1 the blocks follow each other in memory instead: block i is page base + i, and
+// page_table[first_page] is the first block that was not given back.
 typedef struct {
-    int64_t row, num_rows, start, first_page;
+    int64_t row, num_rows, start, first_page, base;
 } xn_span;
 
 typedef struct {
@@ -214,11 +216,14 @@ XN_EXPORT int64_t xn_attention_items(const xn_attention_plan* plan, int32_t* ite
 
 // ---- step.cpp, program.cpp ------------------------------------------------------------------------------
 
-// KV pages of the layers that share a group; pages as in xn_attention.
+// KV pages of the layers that share a group; pages as in xn_attention. Behind the `num_pages` of the pool there
+// may be spaces: `num_spaces` ranges of `space_pages` pages each, in which pages of the pool stand in the order
+// of a sequence. The caller sees to it that what a step uses of a space is mapped.
 typedef struct {
     void* pages;
     int64_t num_pages, num_heads, num_kv_heads, head_dim, num_layers, window;
     int64_t kv_class;  // XN_KV_…
+    int64_t num_spaces, space_pages;
 } xn_kv_group;
 
 // What one step computes: its token ids, positions, rows that yield logits and one attention plan per group.
@@ -227,8 +232,9 @@ typedef struct xn_step xn_step;
 XN_EXPORT xn_step* xn_step_create(const xn_kv_group* groups, int64_t num_groups);  // NULL: no memory
 XN_EXPORT void xn_step_destroy(xn_step* step);
 
-// `words`: for each sequence (number of rows, first position, first of the rows that yield logits, pages
-// held in group 0, in group 1 …); then all rows' token ids; then the page numbers of group 0, of group 1 ….
+// `words`: for each sequence (number of rows, first position, first of the rows that yield logits, space or −1,
+// pages held in group 0, in group 1 …); then all rows' token ids; then for group 0, for group 1 … the page
+// numbers of each sequence, or of one in a space the number of leading pages that were given back.
 // XN_ERR_ARGUMENT if a row would read or write a page that its sequence does not hold.
 XN_EXPORT int32_t xn_step_set(xn_step* step, const int64_t* words, int64_t num_words, int64_t num_sequences);
 

@@ -57,6 +57,13 @@ struct Item {
     int32_t span, first, rows;
 };
 
+// Whether the span has blocks first … last.
+bool holds(const xn_attention_plan& plan, const xn_span& span, int64_t first, int64_t last) {
+    const int64_t* pages = plan.page_table + span.first_page;
+    if (span.base >= 0) return first >= pages[0];
+    return std::all_of(pages + first, pages + last + 1, [](int64_t page) { return page >= 0; });
+}
+
 int64_t item_height(const xn_attention_plan& plan) {
     return std::max<int64_t>(1, kFolded / (plan.num_heads / plan.num_kv_heads));
 }
@@ -68,7 +75,7 @@ Place start_of_item(const Call& call, int64_t index) {
     const xn_span& span = plan.spans[item[0]];
     const int64_t block = first_block(plan, span, item[1]);
     const int64_t last_seen = span.start + item[1] + item[2] - 1 - block * kPage;
-    return Place{plan.page_table[span.first_page + block], index % plan.num_kv_heads, columns_for(last_seen)};
+    return Place{page_of(plan, span, block), index % plan.num_kv_heads, columns_for(last_seen)};
 }
 // Spans that one item covers are written by their items; of the others every item reads what others wrote.
 void write_long_spans(xn_pool* pool, const Call& call) {
@@ -97,7 +104,6 @@ void attend(const Call& call, int64_t index, const Scratch& room) {
     const xn_span& span = plan.spans[item[0]];
     const int64_t first = item[1], rows = item[2], size = plan.head_dim;
     const int64_t per_head = plan.num_heads / plan.num_kv_heads, folded = rows * per_head;
-    const int64_t* pages = plan.page_table + span.first_page;
     if (rows == span.num_rows) write_rows(call, span, kv_head, 0, rows);
     for (int64_t f = 0; f < folded; f++) {
         const int64_t row = span.row + first + f / per_head, head = kv_head * per_head + f % per_head;
@@ -112,21 +118,21 @@ void attend(const Call& call, int64_t index, const Scratch& room) {
     alignas(64) float scores[kRows * kPage];
     alignas(64) uint16_t weights[kRows * kPage];
     for (int64_t block = first_block(plan, span, first); block <= last_block; block++) {
-        const int64_t begin = block * kPage;
+        const int64_t begin = block * kPage, page = page_of(plan, span, block);
         const Place next = block == last_block
             ? after
-            : Place{pages[block + 1], kv_head, columns_for(last - begin - kPage)};
+            : Place{page_of(plan, span, block + 1), kv_head, columns_for(last - begin - kPage)};
         const uint16_t *keys = room.wide, *values = room.wide + kPage * size, *then = keys;
         Scales scales{nullptr, nullptr};
         bool ahead = true;  // the first rows of an item draw in what its other rows will find
         if (kCoded) {
             const int64_t held = columns_for(last - begin) * kColumns;
-            widen_block(call, pages[block], kv_head, held, next, room.wide);
-            scales = {call.scales(pages[block], 0, kv_head), call.scales(pages[block], 1, kv_head)};
+            widen_block(call, page, kv_head, held, next, room.wide);
+            scales = {call.scales(page, 0, kv_head), call.scales(page, 1, kv_head)};
             if (next.columns) then = call.tile(next.page, 1, next.kv_head);
         } else {
-            keys = call.tile(pages[block], 0, kv_head);
-            values = call.tile(pages[block], 1, kv_head);
+            keys = call.tile(page, 0, kv_head);
+            values = call.tile(page, 1, kv_head);
             if (next.columns) then = call.tile(next.page, 0, next.kv_head);
         }
         for (int64_t f = 0, left = (folded + kRows - 1) / kRows; left > 0; left--) {
@@ -193,8 +199,7 @@ int64_t xn_attention_items(const xn_attention_plan* plan, int32_t* items, int64_
         for (int64_t end = span.num_rows; end > 0; end -= height) {
             const int64_t first = std::max<int64_t>(0, end - height), rows = end - first;
             const int64_t last = (span.start + first + rows - 1) / kPage;
-            for (int64_t b = first_block(*plan, span, first); b <= last; b++)
-                if (plan->page_table[span.first_page + b] < 0) return -1;
+            if (!holds(*plan, span, first_block(*plan, span, first), last)) return -1;
             if (count < max_items) {
                 items[3 * count] = int32_t(s);
                 items[3 * count + 1] = int32_t(first);

@@ -10,18 +10,21 @@ using namespace xn;
 
 namespace {
 
-constexpr int64_t kFields = 3;         // of a sequence, before the pages it holds in each group
+constexpr int64_t kFields = 4;         // of a sequence, before the pages it holds in each group
 constexpr int64_t kMaxRows = 1 << 24;  // of a step; keeps sums of hostile counts far from overflow
 constexpr int64_t kMaxPosition = int64_t{1} << 40;
 
 struct Sequence {
-    int64_t rows, start, first_logit_row;
+    int64_t rows, start, first_logit_row, space;
     const int64_t* held;  // pages in each group
+
+    // Its words in a group's table.
+    int64_t entries(int64_t g) const { return space < 0 ? held[g] : 1; }
 };
 
 Sequence sequence(const xn_step& step, int64_t index) {
     const int64_t* at = step.words.data + index * (kFields + step.num_groups);
-    return Sequence{at[0], at[1], at[2], at + kFields};
+    return Sequence{at[0], at[1], at[2], at[3], at + kFields};
 }
 
 // Counts rows and checks every sequence's numbers; the words must be exactly as long as these say.
@@ -30,11 +33,13 @@ bool count(xn_step& step, int64_t num_sequences, int64_t num_words) {
     for (int64_t s = 0; s < num_sequences; s++) {
         const Sequence q = sequence(step, s);
         if (q.rows < 0 || q.rows > kMaxRows || q.start < 0 || q.start > kMaxPosition) return false;
-        if (q.first_logit_row < 0 || q.first_logit_row > q.rows) return false;
+        if (q.first_logit_row < 0 || q.first_logit_row > q.rows || q.space < -1) return false;
         for (int64_t g = 0; g < step.num_groups; g++) {
             if (q.held[g] < 0 || q.held[g] > kMaxPosition) return false;
             if (q.held[g] * XN_PAGE_SIZE < q.start + q.rows) return false;
-            pages += q.held[g];
+            const xn_kv_group& group = step.groups[g];
+            if (q.space >= 0 && (q.space >= group.num_spaces || q.held[g] > group.space_pages)) return false;
+            pages += q.entries(g);
         }
         rows += q.rows;
         logit_rows += q.rows - q.first_logit_row;
@@ -68,12 +73,14 @@ int32_t fill_plan(xn_step& step, int64_t g, int64_t num_sequences, const int64_t
     int64_t row = 0, first_page = 0;
     for (int64_t s = 0; s < num_sequences; s++) {
         const Sequence q = sequence(step, s);
-        step.spans[g].data[s] = xn_span{row, q.rows, q.start, first_page};
+        const int64_t base = q.space < 0 ? -1 : group.num_pages + q.space * group.space_pages;
+        // Page numbers must be in the pool; what was given back must be a number of the sequence's pages.
+        const int64_t least = base < 0 ? -1 : 0, limit = base < 0 ? group.num_pages : q.held[g] + 1;
+        step.spans[g].data[s] = xn_span{row, q.rows, q.start, first_page, base};
         row += q.rows;
-        first_page += q.held[g];
+        for (const int64_t end = first_page + q.entries(g); first_page < end; first_page++)
+            if (table[first_page] < least || table[first_page] >= limit) return XN_ERR_ARGUMENT;
     }
-    for (int64_t i = 0; i < first_page; i++)
-        if (table[i] < -1 || table[i] >= group.num_pages) return XN_ERR_ARGUMENT;
     xn_attention_plan plan{};
     plan.spans = step.spans[g].data;
     plan.num_spans = num_sequences;

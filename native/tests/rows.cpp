@@ -202,7 +202,7 @@ void attend(
         to.insert(to.end(), from.begin() + row * width, from.begin() + (row + rows) * width);
     };
     for (int64_t s = 0; s < sequences; s++) {
-        spans[s] = xn_span{s * count, count, start, s * kBlocks};
+        spans[s] = xn_span{s * count, count, start, s * kBlocks, -1};
         add(q, in.q, s * kPositions + start, count, kWidthQ);
         add(k, in.k, s * kPositions + start, count, kWidthKv);
         add(v, in.v, s * kPositions + start, count, kWidthKv);

@@ -233,6 +233,20 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     program_replays: int = 0
     num_eager_steps: int = 0
     program_arena_bytes: int = 0
+    kv_maps: int = 0
+    """Of contiguous KV memory (`memory.spaces`): pages mapped; …"""
+    kv_kept_pages: int = 0
+    """… pages that stood already where a sequence wanted them; …"""
+    kv_placed_pages: int = 0
+    """… and that did not; …"""
+    kv_unmaps: int = 0
+    kv_mappings: int = 0
+    kv_contiguous: int = 0
+    """… parts of steps, one for each sequence, that read it; …"""
+    kv_late: int = 0
+    """… that looked pages up since some were not mapped yet, …"""
+    kv_late_decodes: int = 0
+    """… and of these those of one row."""
     backlog_tokens: int = 0
     num_decoding: int = 0
     decode_context: int = 0

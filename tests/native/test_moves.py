@@ -29,13 +29,21 @@ CASES = [
     ("gemma3", "shm", "push", 64, True, "seeded"),
     ("gemma3", "tcp", "pull", 512, False, "two"),
     ("gemma3", "tcp", "push", 40, True, "greedy"),
+    ("gemma3", "shm", "push", 64, True, "two xtensor"),
 ]
 
 
 @pytest.mark.parametrize(("arch", "transfer", "mode", "budget", "caching", "kind"), CASES)
 def test_a_move_changes_no_bit(arch, transfer, mode, budget, caching, kind) -> None:
+    kind, _, kv_memory = kind.partition(" ")
     engines, events = make_engines(
-        PLATFORM, ARCHS[arch], (1, 2), transfer=transfer, budget=budget, caching=caching
+        PLATFORM,
+        ARCHS[arch],
+        (1, 2),
+        transfer=transfer,
+        budget=budget,
+        caching=caching,
+        kv_memory=kv_memory or "paged",
     )
     try:
         of = spec("target", PROMPT, max_tokens=60, ignore_eos=True, **KINDS[kind])
@@ -50,6 +58,8 @@ def test_a_move_changes_no_bit(arch, transfer, mode, budget, caching, kind) -> N
             engine.step()
             counts = engine.memory.counts()
             assert (counts.owned, counts.in_transfer) == (0, 0)
+        if kv_memory:
+            assert all(e.memory.spaces.mapper.counters.num_read > 20 for e in engines)
         assert [e.core.mover.counters.num_in for e in engines] == [1, 2]
         # Nothing was computed twice but the one row that each arrival needs anyway.
         assert sum(e.core.snapshot().prompt_tokens for e in engines) == 2 * len(PROMPT)

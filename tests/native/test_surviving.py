@@ -31,11 +31,17 @@ def slot() -> Iterator[SlotPages]:
     pages.close()
 
 
-def life(smollm2: str, kv_dtype: str, slot: SlotPages | None) -> BuiltEngine:
-    """The next engine of the slot. The one before it is never told, as if it had been killed."""
+def life(smollm2: str, kv: str, slot: SlotPages | None) -> BuiltEngine:
+    """The next engine of the slot. The one before it is never told, as if it had been killed. One without a
+    slot looks its pages up."""
+    cache = CacheConfig(
+        num_pages=24,
+        kv_cache_dtype="int8" if kv == "int8" else "auto",
+        kv_memory="xtensor" if kv == "xtensor" and slot is not None else "paged",
+    )
     config = EngineConfig(
         model=ModelConfig(model=smollm2, max_model_len=512),
-        cache=CacheConfig(num_pages=24, kv_cache_dtype=kv_dtype),  # type: ignore[arg-type]
+        cache=cache,
         platform=PlatformConfig(platform="native", num_threads=2),
     )
     shared = None if slot is None or slot.fd is None else SharedPages(slot.fd)
@@ -65,7 +71,7 @@ def reported(built: BuiltEngine) -> str:
     return line
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "xtensor"])
 def test_logits_over_pages_of_an_engine_that_is_gone_have_the_same_bits(
     smollm2: str, slot: SlotPages, kv_dtype: str
 ) -> None:

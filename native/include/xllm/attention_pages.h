@@ -43,6 +43,11 @@ inline int64_t first_block(const xn_attention_plan& plan, const xn_span& span, i
     return plan.window > 0 ? std::max<int64_t>(0, span.start + first - plan.window + 1) / kPage : 0;
 }
 
+// Where a block stands. Those of a span in a space follow each other: nothing is looked up.
+inline int64_t page_of(const xn_attention_plan& plan, const xn_span& span, int64_t block) {
+    return span.base >= 0 ? span.base + block : plan.page_table[span.first_page + block];
+}
+
 inline void round_row(const float* from, int64_t size, uint16_t* to) {
     for (int64_t d = 0; d < size; d += kLanes) store_bf16(to + d, load(from + d));
 }
@@ -68,10 +73,9 @@ inline float to_codes(const float* x, int64_t size, int8_t* codes) {
 // `write_rows` for pages of codes. Codes are finite whatever they are, so only scales are cleared.
 inline void write_codes(const Call& call, const xn_span& span, int64_t kv_head, int64_t first, int64_t end) {
     const int64_t size = call.plan->head_dim;
-    const int64_t* pages = call.plan->page_table + span.first_page;
     int8_t codes[kMaxHead];
     for (int64_t i = first; i < end; i++) {
-        const int64_t page = pages[(span.start + i) / kPage], slot = (span.start + i) % kPage;
+        const int64_t page = page_of(*call.plan, span, (span.start + i) / kPage), slot = (span.start + i) % kPage;
         const int64_t row = span.row + i, column = kv_head * size;
         uint8_t* keys = call.bytes(page, 0, kv_head) + 2 * slot;
         call.scales(page, 0, kv_head)[slot] = to_codes(call.k + row * call.ldk + column, size, codes);
@@ -98,10 +102,9 @@ inline void write_codes(const Call& call, const xn_span& span, int64_t kv_head, 
 inline void write_rows(const Call& call, const xn_span& span, int64_t kv_head, int64_t first, int64_t end) {
     if (call.coded()) return write_codes(call, span, kv_head, first, end);
     const int64_t size = call.plan->head_dim;
-    const int64_t* pages = call.plan->page_table + span.first_page;
     alignas(64) uint16_t one[kMaxHead], two[kMaxHead];
     for (int64_t i = first, count; i < end; i += count) {
-        const int64_t page = pages[(span.start + i) / kPage], slot = (span.start + i) % kPage;
+        const int64_t page = page_of(*call.plan, span, (span.start + i) / kPage), slot = (span.start + i) % kPage;
         const int64_t row = span.row + i, column = kv_head * size;
         count = slot % 2 == 0 && i + 1 < end ? 2 : 1;
         uint16_t* keys = call.tile(page, 0, kv_head) + 2 * slot;

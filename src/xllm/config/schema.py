@@ -53,6 +53,10 @@ class CacheConfig:
         "auto = as dtype; int8 = codes with a scale per token and head, half the memory (native platform)",
     )
     enable_prefix_caching: bool = option(True, "reuse pages of equal prefixes")
+    kv_memory: Literal["auto", "paged", "xtensor"] = option(
+        "auto",
+        "paged: kernels look pages up; xtensor: they see a sequence's pages in one piece (native platform)",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,7 +217,7 @@ class ServerConfig:
     usage_db: str | None = option(
         None, "SQLite file for usage records, one row per ended request", has_flag=False
     )
-    allowed_origins: tuple[str, ...] = option((), "CORS origins; default: none")
+    allowed_origins: tuple[str, ...] = option((), "CORS origins; default: none", has_flag=False)
     allowed_hosts: tuple[str, ...] = option((), "accepted Host names beyond the bound address and localhost")
     max_body_bytes: int = option(32 * 1024 * 1024, "largest request body", has_flag=False)
     max_connections: int = option(1024, "open connections; beyond: closed at once", has_flag=False)

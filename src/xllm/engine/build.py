@@ -106,6 +106,8 @@ def build_engine(
     stages.done("weights loaded")
     runner = built.runner
     memory = PageManager(runner.kv_layout.groups, built.num_pages, config.cache.enable_prefix_caching)
+    if built.mapper is not None:
+        memory.map_into(built.mapper)
     card = _card(config, source, arch, assets, runner, built.num_pages, max_model_len, clock)
     scheduler = Scheduler(
         config.scheduler,

@@ -214,6 +214,7 @@ class EngineCore:
             num_failed_moves=moves.num_failed,
             sent_bytes=moves.sent_bytes,
             received_bytes=moves.received_bytes,
+            **self._memory.map_counts(),
             **counted,
             **more,
         )

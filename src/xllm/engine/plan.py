@@ -16,6 +16,10 @@ PENDING = -1
 """In place of a token that is not known yet, since the plan before this one draws it."""
 
 
+NO_SPACE = -1
+"""In place of a space: the sequence is read through its page table."""
+
+
 class SampleOp(msgspec.Struct, frozen=True, kw_only=True):
     """Draw the token at output `offset` from the last row's logits, once per entry of `choices`.
 
@@ -53,6 +57,8 @@ class SequencePlan(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     prompt_targets: tuple[int, ...] = ()
     """The tokens at positions start + first_logit_row + 1 …, as many as lie in the prompt."""
+    space: int = NO_SPACE
+    """Where the pages stand in order, as far as that is mapped; the page table holds all the same."""
     pending: bool = False
     """The last of `tokens` is PENDING: the token that the plan before this one draws for this sequence."""
 

@@ -11,6 +11,7 @@ from xllm.config import SchedulerConfig
 from xllm.engine.core import EngineCore
 from xllm.engine.executor import InProcExecutor
 from xllm.engine.memory.manager import PageManager, pages_for
+from xllm.engine.platform.null_mapper import NullMapper
 from xllm.engine.platform.null_runner import NullRunner, empty_pages, token_pages
 from xllm.engine.sampling import Sampler
 from xllm.engine.scheduler.order import create_order
@@ -89,13 +90,16 @@ def null_engine(
     wire: Wire | None = None,
     name: str = "",
     lookahead: bool = False,
+    spaces: NullMapper | None = None,
 ) -> NullEngine:
     """A fresh engine; `num_pages` per group. With `shared` its pages outlive it, and `keeper` is set; with
     `wire` it exchanges pages with the others there, as `name`. With `lookahead` each step is planned before
-    the one in front of it is collected."""
+    the one in front of it is collected; with `spaces` pages stand in one piece."""
     config = config or SchedulerConfig()
     clock = FakeClock()
     memory = PageManager(groups, [num_pages] * len(groups), enable_prefix_caching)
+    if spaces is not None:
+        memory.map_into(spaces)
     scheduler = Scheduler(
         config,
         memory,
@@ -107,7 +111,7 @@ def null_engine(
     layout = KVLayout(groups=groups, dtype="float32")
     per_group = [num_pages] * len(groups)
     kv = empty_pages(per_group) if shared is None else token_pages(shared, per_group)
-    runner = NullRunner(layout, per_group, VOCAB_SIZE, Sampler(), kv=kv)
+    runner = NullRunner(layout, per_group, VOCAB_SIZE, Sampler(), kv=kv, spaces=spaces)
     card = null_card(num_pages, max_model_len)
     core = EngineCore(card, scheduler, memory, InProcExecutor(runner, lookahead=lookahead), clock)
     engine = NullEngine(core=core, memory=memory, runner=runner, clock=clock)

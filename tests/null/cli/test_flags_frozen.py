@@ -12,7 +12,7 @@ MAX_FLAGS = 60
 
 SETTINGS = """
 --model --tokenizer --revision --served-model-name --dtype --quantize --load-format
---max-model-len --chat-template --seed --kv-cache-memory-bytes --num-pages --kv-cache-dtype
+--max-model-len --chat-template --seed --kv-cache-memory-bytes --num-pages --kv-cache-dtype --kv-memory
 --enable-prefix-caching --max-num-seqs --max-num-batched-tokens --enable-chunked-prefill
 --scheduling-policy --async-scheduling --max-num-queued-reqs --logits-processors --platform --num-threads
 --programs --cpus --config
@@ -21,7 +21,7 @@ SETTINGS = """
 SERVING = """
 --router-policy --max-num-inflight-reqs --shutdown-timeout-s --instances --registry --cluster-key-file
 --listen
---host --port --api-key --allowed-origins --allowed-hosts --ssl-certfile --ssl-keyfile --log-level
+--host --port --api-key --allowed-hosts --ssl-certfile --ssl-keyfile --log-level
 """.split()
 
 FLAGS = {

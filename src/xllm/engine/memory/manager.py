@@ -13,12 +13,17 @@ from xllm.engine.kvtransfer.base import Slots
 from xllm.engine.memory.leases import FREED, Leases
 from xllm.engine.memory.news import PageNews
 from xllm.engine.memory.pool import NameListener, PagePool, PoolCounts, PrefixKey
-from xllm.engine.plan import PageCopy
+from xllm.engine.memory.spaces import Mapper, Spaces
+from xllm.engine.plan import NO_SPACE, PageCopy
 from xllm.errors import InternalError
 from xllm.prefix import page_digest
 from xllm.types import PAGE_SIZE, KVGroup
 
 __all__ = ["FREED", "PageManager", "PageTable", "pages_for"]
+
+
+_MAX_SOON = 2048
+"""Rows of a prompt that are prepared for at a time."""
 
 
 def pages_for(num_tokens: int) -> int:
@@ -36,6 +41,7 @@ class PageTable:
     root: bytes
     pages: list[list[int]]
     chain: list[bytes] = field(default_factory=list)
+    space: int = NO_SPACE
     planned: tuple[tuple[int, ...], ...] | None = None
 
     @property
@@ -65,6 +71,7 @@ class PageManager:
             PagePool(n, self.news if g == self._deciding else None, g) for g, n in enumerate(num_pages)
         ]
         self.leases = Leases(self._pools, self._windows)
+        self.spaces: Spaces | None = None
 
     @property
     def caching(self) -> bool:
@@ -74,6 +81,10 @@ class PageManager:
         """Tell of names from now on; those there are already are known."""
         for pool in self._pools:
             pool.listener = listener
+
+    def map_into(self, mapper: Mapper) -> None:
+        """Give tables spaces from now on; before the first table."""
+        self.spaces = Spaces(mapper, self._pools)
 
     def adopt(self, group: int, pages: Sequence[tuple[int, PrefixKey]]) -> int:
         """As `PagePool.adopt`. Only with prefix caching."""
@@ -109,11 +120,16 @@ class PageManager:
     def grow(self, table: PageTable, num_tokens: int) -> bool:
         """Make the table cover `num_tokens`; False (and nothing taken) if a pool cannot."""
         if num_tokens <= len(table.pages[0]) * PAGE_SIZE:
+            if self.spaces is not None and table.space == NO_SPACE:
+                table.space = self.spaces.take(table.pages, table.num_pages)
             return True
         if not self.can_grow(table, num_tokens):
             return False
-        missing = pages_for(num_tokens) - table.num_pages
         table.planned = None
+        if self.spaces is not None:
+            self._grow_in_space(self.spaces, table, pages_for(num_tokens))
+            return True
+        missing = pages_for(num_tokens) - table.num_pages
         for pool, group in zip(self._pools, table.pages, strict=True):
             group.extend(pool.allocate() for _ in range(missing))
         return True
@@ -129,6 +145,8 @@ class PageManager:
             self._publish(table, tokens, num_computed // PAGE_SIZE)
         for g, window in self._limited:
             self._free_until(table, g, self._first_visible(window, num_computed))
+        if self.spaces is not None and table.space != NO_SPACE:
+            self._expect(self.spaces, table, len(tokens), num_computed)
 
     def fork(self, table: PageTable, num_tokens: int) -> tuple[PageTable, list[PageCopy]] | None:
         """A second table over the same `num_tokens`: full pages shared, the partial one copied.
@@ -179,6 +197,9 @@ class PageManager:
                     pool.release(page)
             group.clear()
         table.chain.clear()
+        if self.spaces is not None and table.space != NO_SPACE:
+            self.spaces.give_back(table.space)
+            table.space = NO_SPACE
 
     def fits(self, num_tokens: int, max_chunk: int) -> bool:
         """Can one sequence of `num_tokens` ever be computed when it has the pools to itself?"""
@@ -204,12 +225,30 @@ class PageManager:
             in_transfer=sum(c.in_transfer for c in per_pool),
         )
 
+    def map_counts(self) -> dict[str, int]:
+        """Fields of a snapshot; none where there are no spaces."""
+        if self.spaces is None:
+            return {}
+        own, mapped = self.spaces.counters, self.spaces.mapper.counters
+        return {
+            "kv_maps": mapped.num_maps,
+            "kv_kept_pages": own.num_kept,
+            "kv_placed_pages": own.num_placed,
+            "kv_unmaps": own.num_unmaps,
+            "kv_mappings": self.spaces.num_mappings,
+            "kv_contiguous": mapped.num_read,
+            "kv_late": mapped.num_late,
+            "kv_late_decodes": mapped.num_late_decodes,
+        }
+
     def check_idle(self) -> None:
         """With no sequence alive no page may be owned. Raises InternalError."""
         for pool in self._pools:
             pool.check()
             if pool.counts().owned:
                 raise InternalError("pages are owned while no sequence is alive")
+        if self.spaces is not None and self.spaces.num_in_use:
+            raise InternalError("spaces are in use while no sequence is alive")
 
     def check(self) -> None:
         for pool in self._pools:
@@ -239,6 +278,26 @@ class PageManager:
         full = [p for p, w in zip(self._pools, self._windows, strict=True) if w is None]
         # With a full group every page must be there; with window groups only, holes are legal.
         return all(p.find(key) is not None for p in full) if full else True
+
+    def _grow_in_space(self, spaces: Spaces, table: PageTable, num_pages: int) -> None:
+        """As `grow`, with the pages that stand in the table's space already where it may have them."""
+        if table.space == NO_SPACE:
+            table.space = spaces.take(table.pages, num_pages)
+        for g, (pool, group) in enumerate(zip(self._pools, table.pages, strict=True)):
+            for index in range(len(group), num_pages):
+                if table.space == NO_SPACE:
+                    group.append(pool.allocate())
+                else:
+                    group.append(pool.allocate(spaces.choose(table.space, g, index)))
+                    spaces.place(table.space, g, index, group[index])
+
+    @staticmethod
+    def _expect(spaces: Spaces, table: PageTable, num_tokens: int, num_computed: int) -> None:
+        """The pages of the rest of the prompt, or of the next row but few, are wanted soon."""
+        soon = min(num_tokens, num_computed + _MAX_SOON) if num_tokens > num_computed else num_computed
+        end = pages_for(soon + PAGE_SIZE // 4)
+        if end > table.num_pages:
+            spaces.expect(table.space, table.num_pages, end)
 
     def _cover(self, g: int, keys: list[PrefixKey]) -> list[int] | None:
         window = self._windows[g]

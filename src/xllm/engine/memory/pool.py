@@ -7,13 +7,21 @@ until the transfer lets go of it. Policy only: what a page *is* belongs to the p
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 from xllm.engine.memory.news import PageNews
 from xllm.errors import InternalError
+
+_OLD_SHARE = 4
+"""A cached page may be preferred to the oldest while it is in the oldest one of so many equal parts."""
+_WORTHWHILE = 20
+"""The cache is of use if at least one of so many pages that leave it was hit."""
+_MAX_LEFT = 1024
+"""Pages that left the cache; from then on older ones count half."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +65,7 @@ class PagePool:
         self._news = news
         self._group = group
         self.listener: NameListener | None = None
-        self._free = deque(range(num_pages))
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_pages))
         self._refs = [0] * num_pages
         # Kept beside the reference counts so that a snapshot costs nothing; `check` compares them.
         self._num_owned = 0
@@ -67,7 +75,10 @@ class PagePool:
         self._by_digest: dict[bytes, int] = {}
         # Least recently released first. Tables release tail pages first, so the tail of a prefix
         # is evicted before its head: a head without its tail is still a hit.
-        self._reusable: OrderedDict[int, None] = OrderedDict()
+        self._reusable: OrderedDict[int, int] = OrderedDict()
+        self._num_put_back = 0
+        self._promised: set[int] = set()
+        self._num_left = self._num_hit = 0
 
     @property
     def num_available(self) -> int:
@@ -78,15 +89,45 @@ class PagePool:
     def num_pages(self) -> int:
         return len(self._refs)
 
-    def allocate(self) -> int:
+    def allocate(self, preferred: int = -1) -> int:
         """A page with refcount 1 and no name; evicts the oldest reusable page if none is free.
 
-        The caller has checked `num_available`.
+        The caller has checked `num_available`, and `may_prefer` of the `preferred` page, if there is one.
         """
-        page = self._take()
+        page = self._take() if preferred < 0 else self._take_that(preferred)
         self._refs[page] = 1
         self._num_owned += 1
         return page
+
+    def may_prefer(self, page: int, spare: int) -> bool:
+        """May `allocate` be asked for this very page? A cached one only if no more than `spare` pages are
+        free, and while the cache is of use only if it is old: else pages would be forgotten too early."""
+        if page in self._promised:
+            return False
+        if page in self._free:
+            return True
+        stamp = self._reusable.get(page)
+        if stamp is None or len(self._free) > spare:
+            return False
+        if self._num_left >= _MAX_LEFT // 2 and self._num_hit * _WORTHWHILE < self._num_left:
+            return True
+        oldest = next(iter(self._reusable.values()))
+        return (stamp - oldest) * _OLD_SHARE <= self._num_put_back - oldest
+
+    def is_available(self, page: int) -> bool:
+        """Could `allocate` hand it out now?"""
+        return page in self._free or page in self._reusable
+
+    def promise(self, preferred: int = -1) -> int | None:
+        """As `allocate`, but only a word: nobody else is given the page while there is another one. No state
+        changes, and its name can still be hit. None if there is no page."""
+        page = self._next() if preferred < 0 else preferred
+        if page is not None:
+            self._promised.add(page)
+        return page
+
+    def break_promise(self, page: int) -> None:
+        self._promised.discard(page)
 
     def lease(self) -> int:
         """A page as from `allocate`, but held by a transfer that will write it, and owned by nobody."""
@@ -131,6 +172,7 @@ class PagePool:
                 self._num_in_transfer -= 1
             elif page in self._reusable:
                 del self._reusable[page]
+                self._left(hit=True)
             else:
                 raise InternalError("a free page was shared")
             self._num_owned += 1
@@ -163,20 +205,19 @@ class PagePool:
 
         The number taken; a name that is known already is left out.
         """
-        free = set(self._free)
-        taken: set[int] = set()
+        num_taken = 0
         for page, key in pages:
-            if page not in free or page in taken:
+            if page not in self._free:
                 raise InternalError("a page was adopted that is not free")
             if key.digest not in self._by_digest:
-                taken.add(page)
+                num_taken += 1
                 self._by_digest[key.digest] = page
                 self._keys[page] = key
-                self._reusable[page] = None
-        self._free = deque(page for page in self._free if page not in taken)
-        if taken and self._news is not None:
+                del self._free[page]
+                self._reuse(page)
+        if num_taken and self._news is not None:
             self._news.start_over()
-        return len(taken)
+        return num_taken
 
     def find(self, key: PrefixKey) -> int | None:
         """The page that holds exactly `key`, else None; takes no ownership."""
@@ -186,7 +227,7 @@ class PagePool:
     def forget_all(self) -> int:
         """Drop every reusable page and every name; the number of pages freed."""
         num_freed = len(self._reusable)
-        self._free.extend(self._reusable)
+        self._free.update(dict.fromkeys(self._reusable))
         self._reusable.clear()
         self._by_digest.clear()
         self._keys = [None] * len(self._refs)
@@ -228,20 +269,49 @@ class PagePool:
             raise InternalError("a prefix name points to a page that does not hold it")
 
     def _take(self) -> int:
-        if self._free:
-            return self._free.popleft()
-        page, _ = self._reusable.popitem(last=False)
-        self._forget(page)
+        if not self._promised:
+            if self._free:
+                return self._free.popitem(last=False)[0]
+            page, _ = self._reusable.popitem(last=False)
+            self._forget(page)
+            return page
+        found = self._next()
+        return self._take_that(next(chain(self._free, self._reusable)) if found is None else found)
+
+    def _take_that(self, page: int) -> int:
+        """This free or reusable one."""
+        if page in self._free:
+            del self._free[page]
+        else:
+            del self._reusable[page]
+            self._forget(page)
         return page
+
+    def _next(self) -> int | None:
+        """The one to take next that is promised to nobody."""
+        return next((page for page in chain(self._free, self._reusable) if page not in self._promised), None)
 
     def _put_back(self, page: int) -> None:
         if self._keys[page] is None:
             # To the front: what was in use a moment ago is backed by memory, and warm in the caches.
-            self._free.appendleft(page)
+            self._free[page] = None
+            self._free.move_to_end(page, last=False)
         else:
-            self._reusable[page] = None
+            self._reuse(page)
+
+    def _reuse(self, page: int) -> None:
+        self._reusable[page] = self._num_put_back
+        self._num_put_back += 1
+
+    def _left(self, *, hit: bool) -> None:
+        self._num_left += 1
+        self._num_hit += hit
+        if self._num_left >= _MAX_LEFT:
+            self._num_left //= 2
+            self._num_hit //= 2
 
     def _forget(self, page: int) -> None:
+        self._left(hit=False)
         key = self._keys[page]
         if key is not None:
             del self._by_digest[key.digest]

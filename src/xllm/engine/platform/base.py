@@ -18,6 +18,7 @@ from xllm.codes import GroupCodes
 from xllm.config.schema import EngineConfig
 from xllm.engine.kernels.programs import ProgramCounters
 from xllm.engine.kvtransfer.memory import KVMemory
+from xllm.engine.memory.spaces import Mapper
 from xllm.engine.plan import StepPlan, StepResult
 from xllm.engine.sampling import Sampler
 from xllm.engine.surviving import SharedPages
@@ -99,11 +100,13 @@ class StepQueue(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltRunner:
-    """`num_pages` per KV group; `report` holds one line per choice, with its reason."""
+    """`num_pages` per KV group; `report` holds one line per choice, with its reason. `mapper` where the
+    runner can read a sequence's pages in one piece."""
 
     runner: Runner
     num_pages: tuple[int, ...]
     report: tuple[str, ...]
+    mapper: Mapper | None = None
 
 
 class Platform(Protocol):

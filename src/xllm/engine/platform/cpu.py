@@ -11,7 +11,7 @@ from xllm.engine.model.registry import find_model
 from xllm.engine.model.weights import weight_bytes
 from xllm.engine.platform.base import BuiltRunner, Platform, TensorSource
 from xllm.engine.platform.host import available_bytes, choose_num_threads, isa
-from xllm.engine.platform.loading import load_runner, no_quantize, resolve_dtype
+from xllm.engine.platform.loading import load_runner, no_native, resolve_dtype
 from xllm.engine.sampling import Sampler
 
 ATTENTION_VERSION = "reference-1"
@@ -22,7 +22,7 @@ class CpuPlatform:
     name = "cpu"
 
     def why_not(self, config: EngineConfig, arch: ArchConfig) -> tuple[str, ...]:
-        return no_quantize(config)
+        return no_native(config)
 
     def create_runner(
         self,

@@ -8,7 +8,7 @@ from xllm.arch import ArchConfig
 from xllm.config.schema import EngineConfig
 from xllm.engine.kernels.reference.torch_ops import TorchOps
 from xllm.engine.platform.base import BuiltRunner, Platform, TensorSource
-from xllm.engine.platform.loading import load_runner, no_quantize, resolve_dtype
+from xllm.engine.platform.loading import load_runner, no_native, resolve_dtype
 from xllm.engine.sampling import Sampler
 
 ATTENTION_VERSION = "reference-1"
@@ -22,7 +22,7 @@ class CudaPlatform:
             return ("this torch was built without CUDA",)
         if not torch.cuda.is_available():
             return ("torch sees no CUDA device",)
-        return no_quantize(config)
+        return no_native(config)
 
     def create_runner(
         self,

@@ -117,13 +117,16 @@ def _programs(runner: ModelRunner, config: EngineConfig, make: MakePrograms | No
     return f"programs=off: {why}"
 
 
-def no_quantize(config: EngineConfig) -> tuple[str, ...]:
-    """Why a platform that keeps neither weights nor KV as codes cannot serve this; empty = it can."""
+def no_native(config: EngineConfig) -> tuple[str, ...]:
+    """Why a platform that keeps neither weights nor KV as codes, and KV in pages only, cannot serve this;
+    empty = it can."""
     reasons = []
     if config.model.quantize not in ("auto", "none"):
         reasons.append(f"quantize={config.model.quantize} needs the native platform")
     if config.cache.kv_cache_dtype != "auto":
         reasons.append(f"kv_cache_dtype={config.cache.kv_cache_dtype} needs the native platform")
+    if config.cache.kv_memory == "xtensor":
+        reasons.append("kv_memory=xtensor needs the native platform")
     return tuple(reasons)
 
 

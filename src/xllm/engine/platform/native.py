@@ -15,7 +15,10 @@ from xllm.engine.kernels.native.handles import private_pages
 from xllm.engine.kernels.native.library import find, open_library
 from xllm.engine.kernels.native.ops import HEAD_MULTIPLE, KV_ORDER, KVDtype, NativeOps
 from xllm.engine.kernels.native.packing import WeightClass
+from xllm.engine.kernels.native.spaces import SpaceMapper
 from xllm.engine.kernels.native.weights_cache import WeightsCache
+from xllm.engine.kvtransfer.memory import anonymous_pages
+from xllm.engine.model.layout import kv_layout
 from xllm.engine.model.registry import find_model
 from xllm.engine.model.weights import weight_bytes
 from xllm.engine.platform.base import BuiltRunner, Platform, TensorSource
@@ -24,6 +27,7 @@ from xllm.engine.platform.loading import load_runner, resolve_dtype
 from xllm.engine.sampling import Sampler
 from xllm.engine.surviving import SharedPages
 from xllm.errors import ConfigError
+from xllm.types import PAGE_SIZE
 from xllm.version import __version__
 
 KERNELS_VERSION = "native-2"
@@ -91,7 +95,7 @@ class NativePlatform:
         dtype, why_dtype = resolve_dtype(config.model.dtype, _DTYPE, "what the native kernels compute in")
         quantize, why_quantize = _quantize(config, arch)
         kv_dtype: KVDtype = "int8" if config.cache.kv_cache_dtype == "int8" else "bfloat16"
-        shared = self._shared
+        shared, spaces, why_memory = self._kv_memory(config, arch, max_model_len)
         ops = NativeOps(
             open_library(path),
             threads,
@@ -99,6 +103,7 @@ class NativePlatform:
             quantize == "file",
             kv_dtype,
             private_pages if shared is None else shared.next_group,
+            spaces,
         )
         kept, why_not_kept = _cache(config, arch, tensors, ops, path, quantize)
         built = load_runner(
@@ -122,6 +127,7 @@ class NativePlatform:
                 why_dtype,
                 why_quantize,
                 f"kv_cache_dtype={kv_dtype}: {'as asked' if kv_dtype == 'int8' else 'as dtype'}",
+                why_memory,
                 f"kernels={isa}: the best path this CPU can run",
             ),
         )
@@ -129,7 +135,31 @@ class NativePlatform:
         packed = f"packed weights: {sizes} (quantize={quantize})"
         kept_lines = (why_not_kept,) if kept is None else tuple(kept.report)
         no_codes = (_WHY_NOT_CODES,) if quantize == "file" and "bf16" in ops.packed_bytes else ()
-        return replace(built, report=(*built.report, packed, *no_codes, *kept_lines))
+        return replace(built, mapper=spaces, report=(*built.report, packed, *no_codes, *kept_lines))
+
+    def _kv_memory(
+        self, config: EngineConfig, arch: ArchConfig, max_model_len: int
+    ) -> tuple[SharedPages | None, SpaceMapper | None, str]:
+        """(file of the pages, mapper of spaces over it, report line)."""
+        asked, shared = config.cache.kv_memory, self._shared
+        if asked != "xtensor":
+            why = "as asked" if asked == "paged" else "kernels take no longer over a page table (ADR 0021)"
+            return shared, None, f"kv_memory=paged: {why}"
+        shared = anonymous_pages() if shared is None else shared
+        if shared is None:
+            raise ConfigError(
+                "kv_memory=xtensor: this system has no anonymous files; use kv_memory=paged",
+                param="kv_memory",
+            )
+        space_pages = -(-max_model_len // PAGE_SIZE)
+        num_groups = len(kv_layout(arch, _DTYPE).groups)
+        num_seqs = config.scheduler.max_num_seqs
+        spaces = SpaceMapper(shared, num_groups, space_pages, num_seqs)
+        most, limit = num_seqs * space_pages * num_groups, spaces.max_mappings
+        why = f"kv_memory=xtensor: as asked; {num_seqs} sequences need {most} mappings, {limit} are allowed"
+        if most > limit:
+            why += ": beyond, sequences are read through page tables; lower max_model_len or max_num_seqs"
+        return shared, spaces, why
 
 
 def _cache(

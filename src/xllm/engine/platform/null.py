@@ -9,6 +9,7 @@ from xllm.arch import ArchConfig
 from xllm.config.schema import EngineConfig
 from xllm.engine.model.layout import kv_layout
 from xllm.engine.platform.base import BuiltRunner, Platform, TensorSource
+from xllm.engine.platform.null_mapper import NullMapper
 from xllm.engine.platform.null_runner import NullRunner, token_pages
 from xllm.engine.sampling import Sampler
 from xllm.engine.surviving import SharedPages
@@ -43,9 +44,14 @@ class NullPlatform:
         per_group = config.cache.num_pages or most
         num_pages = (per_group,) * len(layout.groups)
         kv = None if self._shared is None else token_pages(self._shared, num_pages)
+        spaces = None
+        if config.cache.kv_memory == "xtensor":
+            num_spaces = per_group + config.scheduler.max_num_seqs
+            spaces = NullMapper(len(num_pages), num_spaces, -(-max_model_len // PAGE_SIZE))
         return BuiltRunner(
-            runner=self.runner_type(layout, num_pages, arch.vocab_size, sampler, kv=kv),
+            runner=self.runner_type(layout, num_pages, arch.vocab_size, sampler, kv=kv, spaces=spaces),
             num_pages=num_pages,
+            mapper=spaces,
             report=(
                 f"num_pages={per_group} per KV group",
                 "platform null computes nothing: tokens are hashes",

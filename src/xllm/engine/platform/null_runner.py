@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from xllm.engine.kvtransfer.memory import KVMemory, inseparable
 from xllm.engine.plan import SequencePlan, SequenceResult, StepPlan, StepResult
+from xllm.engine.platform.null_mapper import NullMapper
 from xllm.engine.sampling import Sampler
 from xllm.engine.surviving import SharedPages
 from xllm.errors import InternalError, XllmError
@@ -59,16 +61,21 @@ class NullRunner:
         sampler: Sampler,
         fault: Fault | None = None,
         kv: list[TokenPages] | None = None,
+        spaces: NullMapper | None = None,
     ) -> None:
-        """`kv` (page, token) per group, where it is to lie elsewhere than in memory of our own."""
+        """`kv` (page, token) per group, where it is to lie elsewhere than in memory of our own. With `spaces`
+        KV is read and written through them where a plan has one."""
         self.kv_layout = layout
         self._windows = [g.window for g in layout.groups]
         self._kv = kv or empty_pages(num_pages)
+        self.spaces = spaces
         self._vocab_size = vocab_size
         self._sampler = sampler
         self.fault = fault
 
     def execute(self, plan: StepPlan) -> StepResult:
+        if self.spaces is not None:
+            self.spaces.work()
         for copy in plan.copies:
             self._kv[copy.group][copy.dst] = self._kv[copy.group][copy.src]
         return StepResult(step=plan.step, sequences=tuple(self._sequence(s) for s in plan.sequences))
@@ -86,6 +93,8 @@ class NullRunner:
     def _sequence(self, entry: SequencePlan) -> SequenceResult:
         if self.fault is not None:
             self.fault(entry)
+        if self.spaces is not None:
+            entry = msgspec.structs.replace(entry, pages=self.spaces.pages_of(entry))
         self._write(entry)
         rows = range(entry.first_logit_row, len(entry.tokens))
         if not rows:

@@ -37,6 +37,7 @@ def make_entry(seq: Sequence, request: Request, rows: int, eos: frozenset[int]) 
         start=start,
         tokens=(*tokens, PENDING) if pending else tokens,
         pages=table_of(seq).as_plan(),
+        space=table_of(seq).space,
         first_logit_row=first_logit_row,
         sample=_sample_op(seq, request, eos) if draws else None,
         prompt_logprobs=num_top,

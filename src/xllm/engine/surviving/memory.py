@@ -10,7 +10,7 @@ import fcntl
 import mmap
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -91,6 +91,10 @@ class SharedPages:
         )
         self.groups.append(group)
         return group.pages
+
+    def over(self, pages: npt.NDArray[np.uint8]) -> None:
+        """The last group's pages are mapped here too: this mapping of theirs is the only one from now on."""
+        self.groups[-1] = replace(self.groups[-1], pages=pages)
 
     def bind(self, numerics_class: str, layout_digest: str) -> bool:
         """All groups are there: whether the pages left behind are this engine's own kind.

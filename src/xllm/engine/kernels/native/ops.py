@@ -33,6 +33,7 @@ from xllm.engine.kernels.native.programs import Programs
 from xllm.engine.kernels.native.queue import NativeQueue
 from xllm.engine.kernels.native.recording import record_forward, record_head
 from xllm.engine.kernels.native.sampling import NativeDrawer
+from xllm.engine.kernels.native.spaces import SpaceMapper
 from xllm.engine.kernels.ops import F32, I64, Buffer, KVSpan, RopeTable
 from xllm.engine.kernels.programs import LoadedModel, StepPrograms
 from xllm.errors import InternalError
@@ -97,13 +98,15 @@ class NativeOps:
         keeps_codes: bool = False,
         kv_dtype: KVDtype = "bfloat16",
         page_memory: PageMemory = private_pages,
+        spaces: SpaceMapper | None = None,
     ) -> None:
         """`linear_class` is how linears are kept, `head_class` embedding and head.
 
         With `keeps_codes`, what the file stores as codes in groups of 32 is computed on as it is stored.
-        `page_memory` is called once per KV group, in order.
+        `page_memory` is called once per KV group, in order; with `spaces` theirs is.
         """
-        self._page_memory = page_memory
+        self._page_memory = page_memory if spaces is None else spaces.memory
+        self._spaces = spaces
         self._lib = library
         self._linear_class, self._head_class = linear_class, head_class
         self._keeps_codes = keeps_codes
@@ -220,7 +223,7 @@ class NativeOps:
         layers = [(g, _pages(p)) for g, p in zip(model.layout.groups, model.pages, strict=True)]
         forward = record_forward(model.forward, model.pages)
         head = record_head(model.head, forward.result.width)
-        return Programs(self._lib, self._pool, forward, head, layers, model.num_heads, owner=self)
+        return Programs(self._lib, self._pool, forward, head, layers, model.num_heads, self, self._spaces)
 
     def queue(self, programs: StepPrograms) -> NativeQueue:
         """Of steps of these programs. Its thread inherits how the caller's is scheduled."""

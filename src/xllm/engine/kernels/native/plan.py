@@ -25,9 +25,9 @@ def make_plan(
         # The kernel indexes the page table by block, so it must reach the last row's.
         if len(span.pages) * PAGE_SIZE < span.start + span.num_rows:
             raise _not_held()
-        flat.append((span.row, span.num_rows, span.start, first_page))
+        flat.append((span.row, span.num_rows, span.start, first_page, -1))
         first_page += len(span.pages)
-    rows = np.array(flat, dtype=np.int64).reshape(-1, 4)
+    rows = np.array(flat, dtype=np.int64).reshape(-1, 5)
     table = np.fromiter(chain.from_iterable(s.pages for s in spans), dtype=np.int64, count=first_page)
     struct = AttentionPlanStruct(
         spans=rows.ctypes.data,

@@ -22,10 +22,13 @@ from xllm.engine.kernels.native.handles import Array, Matrix, Pages, Rows, align
 from xllm.engine.kernels.native.library import STOPPED, check
 from xllm.engine.kernels.native.program import Program
 from xllm.engine.kernels.native.recording import Op, Recording, Value
+from xllm.engine.kernels.native.spaces import SpaceMapper
 from xllm.engine.kernels.native.structs import ControlStruct, KVGroupStruct, group_struct
 from xllm.engine.kernels.ops import F32, Buffer
 from xllm.engine.kernels.programs import ProgramCounters
-from xllm.engine.plan import SequencePlan
+from xllm.engine.kernels.spaces import SpaceTable
+from xllm.engine.memory.leases import FREED
+from xllm.engine.plan import NO_SPACE, SequencePlan
 from xllm.errors import InternalError
 from xllm.types import KVGroup
 
@@ -64,8 +67,10 @@ class Programs:
         layers: Sequence[tuple[KVGroup, Pages]],
         num_heads: int,
         owner: object = None,
+        spaces: SpaceMapper | None = None,
     ) -> None:
-        """`layers`: the KV groups and their pages. `owner` is kept alive: it may own the pool."""
+        """`layers`: the KV groups and their pages, which may have `spaces` behind them. `owner` is kept
+        alive: it may own the pool."""
         if head.source is None:
             raise InternalError("the recording of a head has no source")
         self.library, self.pool, self._owner = library, pool, owner
@@ -73,7 +78,9 @@ class Programs:
         self._hidden: Value = forward.result
         self._source: Value = head.source
         self.pages = [pages for _, pages in layers]
-        self._groups = (KVGroupStruct * len(layers))(*(group_struct(g, p, num_heads) for g, p in layers))
+        self.spaces = spaces
+        structs = (group_struct(g, p, num_heads, spaces) for g, p in layers)
+        self._groups = (KVGroupStruct * len(layers))(*structs)
         self._step = self.new_step()
         # Shared and not copied, so that a child or another process can be given the same words.
         self._words = mmap.mmap(-1, mmap.PAGESIZE)
@@ -124,7 +131,7 @@ class Programs:
         )
 
     def forward(self, sequences: Sequence[SequencePlan]) -> Buffer | None:
-        words, num_rows, num_logit_rows = flatten(sequences, len(self.pages))
+        words, num_rows, num_logit_rows = flatten(sequences, len(self.pages), self.spaces)
         program = self.step_program(num_rows)
         if program is None:
             self._eager += 1
@@ -216,19 +223,25 @@ class Programs:
         return flat.reshape(program.max_rows, program.width)
 
 
-def flatten(sequences: Sequence[SequencePlan], num_groups: int) -> tuple[array[int], int, int]:
+def flatten(
+    sequences: Sequence[SequencePlan], num_groups: int, spaces: SpaceTable | None = None
+) -> tuple[array[int], int, int]:
     """(the words of `xn_step_set`, rows, rows that yield logits)."""
     heads: list[int] = []
     tokens: list[int] = []
     tables: list[list[int]] = [[] for _ in range(num_groups)]
     skipped = 0
     for sequence in sequences:
-        heads += (len(sequence.tokens), sequence.start, sequence.first_logit_row)
+        space = NO_SPACE if spaces is None else spaces.space_of(sequence)
+        heads += (len(sequence.tokens), sequence.start, sequence.first_logit_row, space)
         skipped += sequence.first_logit_row
         tokens += sequence.tokens
         for table, pages in zip(tables, sequence.pages, strict=True):
             heads.append(len(pages))
-            table += pages
+            if space == NO_SPACE:
+                table += pages
+            else:
+                table.append(pages.count(FREED))
     words = array("q", heads)
     words.extend(tokens)
     for table in tables:

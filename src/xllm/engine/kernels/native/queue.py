@@ -181,7 +181,7 @@ class NativeQueue:
 
     def _fill_step(self, job: NativeJob, sequences: Sequence[SequencePlan]) -> bool:
         programs, struct = self._programs, job.struct
-        words, num_rows, num_logit_rows = flatten(sequences, len(programs.pages))
+        words, num_rows, num_logit_rows = flatten(sequences, len(programs.pages), programs.spaces)
         program = programs.step_program(num_rows)
         if program is None:
             return False

@@ -7,6 +7,7 @@ from ctypes import c_int32, c_int64, c_void_p
 from typing import Any
 
 from xllm.engine.kernels.native.handles import Pages
+from xllm.engine.kernels.native.spaces import SpaceMapper
 from xllm.types import KVGroup
 
 
@@ -29,7 +30,7 @@ class KVGroupStruct(ctypes.Structure):
         ("pages", c_void_p),
         *((n, c_int64) for n in (
             "num_pages", "num_heads", "num_kv_heads", "head_dim", "num_layers", "window",
-            "kv_class",
+            "kv_class", "num_spaces", "space_pages",
         )),
     )  # fmt: skip
 
@@ -91,7 +92,7 @@ class JobStruct(ctypes.Structure):
     )
 
 
-def group_struct(group: KVGroup, pages: Pages, num_heads: int) -> Any:
+def group_struct(group: KVGroup, pages: Pages, num_heads: int, spaces: SpaceMapper | None) -> Any:
     return KVGroupStruct(
         pages=pages.ptr,
         num_pages=len(pages.array),
@@ -101,4 +102,6 @@ def group_struct(group: KVGroup, pages: Pages, num_heads: int) -> Any:
         num_layers=len(group.layers),
         window=group.window or 0,
         kv_class=pages.kv_class,
+        num_spaces=0 if spaces is None else spaces.num_spaces,
+        space_pages=0 if spaces is None else spaces.space_pages,
     )
