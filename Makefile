@@ -16,7 +16,8 @@ TEST_STAMP := $(VENV)/.xllm-test-setup
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help system-packages setup test-setup kernels model serve test lint null reference native integration robustness simulate exactness exactness-moves sanitize bench-ttft bench-serve bench-client bench-overhead bench-overload bench-transfer bench-xtensor bench-handover bench-load-shift bench-roles bench-faults bench-service bench-routing bench-routing-live bench-peers bench-compare bench-rates bench-step bench-perplexity soak freeze clean
+# Every target that the list of `make help` shows; none is a file.
+.PHONY: $(shell awk -F: '/^[a-z-]+:.*\#\# / {print $$1}' $(firstword $(MAKEFILE_LIST)))
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -152,6 +153,9 @@ bench-rates: test-setup model  ## the highest Poisson rate that each engine keep
 
 bench-step: test-setup kernels model  ## the native step alone (prefill, decode) and the machine's peaks
 	@$(BIN)/python -m benchmarks.native_step --model $(MODEL) --peers-dir $(PEERS) $(ARGS)
+
+bench-pipeline: test-setup kernels model  ## idle gap between native steps, executed and handed over while one runs
+	@$(BIN)/python -m benchmarks.native_queue --models $(MODEL) $(ARGS)
 
 bench-perplexity: test-setup model  ## what each encoding of the weights costs in perplexity
 	@$(BIN)/python -m benchmarks.compare.perplexity --model $(MODEL) --weights-dir $(PEERS)/weights $(ARGS)

@@ -1,7 +1,7 @@
 """Runs the native code under sanitisers: `make sanitize`. Clean, or it ends with an error.
 
 Every path this processor can run, built apart under build/: addresses, leaks and undefined behaviour in the
-C++ programs and in the tests of the kernels; data races in the C++ programs, whose three threads share a pool.
+C++ programs and the tests of the kernels; data races in the C++ programs, whose three threads share a pool.
 """
 
 from __future__ import annotations

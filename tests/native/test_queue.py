@@ -167,16 +167,21 @@ def test_a_plan_that_cannot_be_handed_over_fails_at_its_turn(spoil: str) -> None
     assert good is not None
     sequence = good.sequences[0]
     bad = {
-        "page": StepPlan(step=2, sequences=(_with(sequence, pages=((NUM_PAGES,),)),)),
+        "page": StepPlan(
+            step=2, sequences=(_with(sequence, pages=((NUM_PAGES,),)),), copies=(PageCopy(0, 90, 91),)
+        ),
         "copy": StepPlan(step=2, sequences=(), copies=(PageCopy(0, 1, NUM_PAGES),)),
         "pending": StepPlan(step=2, sequences=(_with(sequence, seq_id=9, tokens=(PENDING,), pending=True),)),
     }[spoil]
+    pool = runner._kv.groups[0].array
+    pool[90] = 7
     runner.submit(good)
     runner.submit(bad)
     assert runner.collect().sequences[0].choices
     runner.submit(StepPlan(step=3, sequences=good.sequences))
-    with pytest.raises(InternalError):
+    with pytest.raises(IndexError if spoil == "copy" else InternalError):
         runner.collect()
+    assert (pool[91] == 7).all() == (spoil == "page")  # whoever runs its rows again need not copy
     assert runner.collect().dropped
     runner.submit(good)
     assert runner.collect().sequences[0].choices

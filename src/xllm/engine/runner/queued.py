@@ -148,6 +148,8 @@ class QueuedRunner(ModelRunner):
         if step.is_dropped:
             return _dropped(step.plan)
         if step.error is not None:
+            # As with a step that fails later: whoever runs its sequences again need not copy again.
+            self._copy_pages(step.plan)
             raise step.error
         if step.job is None:
             return super().execute(step.plan)

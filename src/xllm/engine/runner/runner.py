@@ -139,9 +139,12 @@ class ModelRunner:
 
     def _prepare_pages(self, plan: StepPlan) -> None:
         # Copies first: a source may have changed hands and be somebody's new page in this very step.
+        self._copy_pages(plan)
+        self._zero_new_pages(plan)
+
+    def _copy_pages(self, plan: StepPlan) -> None:
         for copy in plan.copies:
             self._ops.copy_page(self._kv.groups[copy.group], copy.src, copy.dst)
-        self._zero_new_pages(plan)
 
     def _zero_new_pages(self, plan: StepPlan) -> None:
         for g, pages in enumerate(self._kv.groups):

@@ -1,7 +1,7 @@
 """Steps of recorded programs on a thread of the library's own: the next is handed over while one runs.
 
-Implements `kernels.programs.StepJobs` over `xn_queue`. Owns what two steps under way do not share; all else is
-that of `Programs`. What must not live here: what a row asks of the sampler, what becomes of its tokens.
+Implements `kernels.programs.StepJobs` over `xn_queue`. Owns what two steps under way do not share; the rest
+is that of `Programs`. What must not live here: what a row asks of the sampler, what becomes of its tokens.
 """
 
 from __future__ import annotations
