@@ -50,9 +50,16 @@ Load = Iterator[tuple[list[int] | None, list[int], int]]
 # -- kernel time ------------------------------------------------------------------------------------------
 
 
-def kernel_times(model: str, rounds: int) -> list[dict[str, Any]]:
+def kernel_times(model: str, rounds: int, num_threads: int | None) -> list[dict[str, Any]]:
     config = from_keywords(
-        EngineConfig, {"model": model, "max_model_len": 2048, "num_pages": 320, "kv_memory": "xtensor"}
+        EngineConfig,
+        {
+            "model": model,
+            "max_model_len": 2048,
+            "num_pages": 320,
+            "kv_memory": "xtensor",
+            "num_threads": num_threads,
+        },
     )
     engine = build_engine(config, SystemClock(), lambda stage, elapsed_s: None)
     return [one_shape(engine, *shape, rounds) for shape in SHAPES]
@@ -73,13 +80,15 @@ def one_shape(
     mapper.wait()
     plans = {way: step(pages, context, rows, way == "xtensor") for way in ("paged", "xtensor")}
     taken: dict[str, list[float]] = {way: [] for way in plans}
+    cpu: dict[str, list[float]] = {way: [] for way in plans}
     drawn = {}
     for i in range(rounds + 2):
         for way in sorted(plans, reverse=bool(i % 2)):
-            began_s = time.perf_counter()
+            began_s, began_cpu_s = time.perf_counter(), time.process_time()
             result = engine.runner.execute(plans[way])
             if i >= 2:
                 taken[way].append((time.perf_counter() - began_s) * 1000)
+                cpu[way].append((time.process_time() - began_cpu_s) * 1000)
             drawn[way] = [c.tokens[0].token_id for s in result.sequences for c in s.choices]
     if drawn["paged"] != drawn["xtensor"]:
         raise SystemExit("the two ways drew different tokens")
@@ -89,6 +98,7 @@ def one_shape(
         "shape": f"{kind} {num} x {context or rows}",
         **{f"{way}_ms": round(value, 3) for way, value in ms.items()},
         "ratio": round(median(ratios), 4),
+        **{f"{way}_cpu_ms": round(median(times), 3) for way, times in cpu.items()},
     }
 
 
@@ -186,7 +196,7 @@ LOADS: dict[str, Callable[[random.Random], Load]] = {
 
 
 def policy(name: str, num_pages: int, num_requests: int, *, caching: bool, in_spaces: bool) -> dict[str, Any]:
-    """Hit rate, and the share of pages that stood where they were wanted, once a third of the load is done."""
+    """Hit rate, and the share of pages that stood where they were wanted; the first third warms up."""
     memory = PageManager((FULL,), [num_pages], caching)
     if in_spaces:
         memory.map_into(NullMapper(1, num_pages + 16, 32))
@@ -302,6 +312,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.xtensor", description=__doc__)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--rounds", type=int, default=60, help="steps of each way and shape")
+    parser.add_argument("--num-threads", type=int, help="one makes CPU time comparable on a busy machine")
     parser.add_argument("--requests", type=int, default=2000, help="of each simulated load")
     parser.add_argument("--engine-requests", type=int, default=60, help="through the whole engine, twice")
     parser.add_argument("--out", type=Path)
@@ -312,7 +323,7 @@ def main(arguments: list[str]) -> int:
         report.setdefault(part, []).append(value)
         print(f"{part}: {json.dumps(value)}", flush=True)
 
-    for row in kernel_times(asked.model, asked.rounds):
+    for row in kernel_times(asked.model, asked.rounds, asked.num_threads):
         tell("kernel time", row)
     tell("mappings", mappings())
     tell("whole engine", whole_engine(asked.model, asked.engine_requests))

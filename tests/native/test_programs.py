@@ -235,10 +235,12 @@ def test_a_step_that_reaches_beyond_its_memory_is_refused(spoil: Callable[[Drive
 
 def test_the_words_of_a_step_must_be_as_many_as_they_say() -> None:
     programs = programs_of(make())
-    good = [1, 0, 0, 1, 7, 5]  # one row at 0, one page; token 7; page 5
+    good = [1, 0, 0, -1, 1, 7, 5]  # one row at 0, no space, one page; token 7; page 5
     spoilt = [
-        good[:-1], [*good, 0], [-1, *good[1:]], [1, -1, 0, 1, 7, 5], [1, 0, 2, 1, 7, 5], [1, 64, 0, 1, 7, 5],
-        [1 << 62, *good[1:]], [1, 0, 0, 1 << 62, 7, 5], [1, 0, 0, -1, 7], [1, 1 << 62, 0, 1, 7, 5],
+        good[:-1], [*good, 0], [-1, *good[1:]], [1, -1, 0, -1, 1, 7, 5], [1, 0, 2, -1, 1, 7, 5],
+        [1, 64, 0, -1, 1, 7, 5], [1 << 62, *good[1:]], [1, 0, 0, -1, 1 << 62, 7, 5], [1, 0, 0, -1, -1, 7],
+        [1, 1 << 62, 0, -1, 1, 7, 5], [1, 0, 0, 0, 1, 7, 0], [1, 0, 0, -2, 1, 7, 5],
+        [1, 0, 0, 1 << 62, 1, 7, 0],
     ]  # fmt: skip
     for words, refused in [(good, False), *((w, True) for w in spoilt)]:
         array = np.array(words, dtype=np.int64)

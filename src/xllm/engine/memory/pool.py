@@ -18,7 +18,7 @@ from xllm.errors import InternalError
 
 _OLD_SHARE = 4
 """A cached page may be preferred to the oldest while it is in the oldest one of so many equal parts."""
-_WORTHWHILE = 20
+_WORTHWHILE = 100
 """The cache is of use if at least one of so many pages that leave it was hit."""
 _MAX_LEFT = 1024
 """Pages that left the cache; from then on older ones count half."""
