@@ -9,6 +9,7 @@ from tests.exactness import (  # noqa: F401  (pytest collects what is imported)
     case,
     test_a_prefix_hit_changes_no_bit,
     test_chunk_borders_change_no_bit,
+    test_planning_ahead_changes_no_bit,
     test_preemption_and_recompute_change_no_bit,
     test_resume_on_a_fresh_engine_changes_no_bit,
     test_sixteen_neighbours_change_no_bit,
