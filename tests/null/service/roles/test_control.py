@@ -111,10 +111,10 @@ def test_idle_prefill_beside_idle_decoders_stays() -> None:
     assert after(view("p", PREFILL), view("d", DECODE, load=CALM), looks=10) == ()
 
 
-def test_both_objectives_in_danger_make_all_mixed() -> None:
+def test_of_two_both_become_mixed_when_streams_are_slow() -> None:
     views = (
-        view("p", PREFILL, load={"backlog": 9_000}),
-        view("d", DECODE, load={"decoding": 150, "context": 20_000}),
+        view("p", PREFILL, load={"backlog": 20_000}),
+        view("d", DECODE, load={"decoding": 60, "context": 20_000}, tpot_ms=60.0),
     )
     assert {(n, r) for n, r, _ in told(after(*views))} == {("p", MIXED), ("d", MIXED)}
 
@@ -297,7 +297,7 @@ def test_from_any_start_it_settles_under_a_steady_load(start: tuple[int, int, in
     since_ms = cluster.now_ms
     cluster.run(Shape(per_s=7, prompt_len=1200, output_len=150), 40)
     assert len(cluster.flips) - num_before <= 2, cluster.flips
-    assert cluster.attainment(since_ms) > 0.9
+    assert cluster.attainment(since_ms) > 0.85
 
 
 @pytest.mark.parametrize("start", [(1, 0, 1), (0, 2, 0), (2, 0, 2)])
