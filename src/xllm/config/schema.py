@@ -67,7 +67,9 @@ class SchedulerConfig:
     max_num_batched_tokens: int = option(512, "rows computed in one step")
     enable_chunked_prefill: bool = option(True, "off: a prompt is computed in one piece")
     enable_step_time_budget: bool = option(
-        True, "beside running streams, prompts get the rows that keep the streams' time per token", has_flag=False
+        True,
+        "beside running streams, prompts get the rows that keep the streams' time per token",
+        has_flag=False,
     )
     scheduling_policy: str = option("fcfs", "fcfs, priority, or an entry point of xllm.scheduler_orders")
     async_scheduling: Literal["auto", "on", "off"] = option(

@@ -13,7 +13,7 @@ from xllm.cost.step import StepCost
 MIN_ROWS = 16
 """Prompts always get on by so much, and rows come in multiples of it: kernels compute so many together."""
 AIM = 0.9
-"""Share of the objective that a step is planned to take: a fit errs, and the front's way to a client counts."""
+"""Share of the objective that a step is planned to take: a fit errs, and the way to a client counts."""
 MIN_SHARE = 0.25
 """Of the draws' own time, what prompts get at least. Where the draws alone take up the objective it is lost
 already, or nearly so; starving the prompts as well would keep nobody's."""

@@ -15,6 +15,8 @@ MIN_OF_A_KIND = 4
 
 _REFIT_EVERY = 64
 _HALF_EVERY = 32
+_FIRST_HALVES = (4, 8, 16)
+"""Steps of long prompts take long: what the first ones tell is better than what nobody has measured."""
 _GROWTH = 1.0 / 0.996
 """Per observation newer ones weigh this much more: about 250 steps of a kind are remembered."""
 _RIDGE = 1e-5
@@ -97,7 +99,7 @@ class CostFitter:
         self._num_decode += num_decoding > 0
         if self._is_due():
             self._cost, self._half = self._refit(), None
-        elif self._cost is None and self._num_steps % _HALF_EVERY == 0:
+        elif self._cost is None and (self._num_steps % _HALF_EVERY == 0 or self._num_steps in _FIRST_HALVES):
             self._half = self._known_half(self._refit())
 
     def _known_half(self, cost: StepCost | None) -> StepCost | None:

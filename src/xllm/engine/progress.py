@@ -19,6 +19,9 @@ COST_EVERY = 16
 """Steps between two readings of the fitted cost; solving for it takes longer than observing."""
 
 
+_FIRST = (4, 8)
+
+
 def no_layer() -> int:
     """For runners that do not tell."""
     return 0
@@ -63,7 +66,7 @@ class Pace:
     def observe(self, shape: Shape, elapsed_ms: float) -> None:
         self._fitter.observe(*shape, elapsed_ms)
         self._num_steps += 1
-        if self._num_steps % COST_EVERY == 0:
+        if self._num_steps % COST_EVERY == 0 or self._num_steps in _FIRST:
             self.cost, half = self._fitter.cost(), self._fitter.half()
             self.half = () if half is None else half.coefficients
             if self.cost is not None:

@@ -15,11 +15,16 @@ from xllm.service.draft import RequestDraft
 from xllm.text.assets import TextAssets
 from xllm.types import SLO, ModelCard, RequestSpec, TokenSegment
 
+_NONE_ASKED_FOR = SLO()
 
-def assemble(draft: RequestDraft, card: ModelCard, text: TextAssets, usual: SLO = SLO()) -> RequestSpec:
+
+def assemble(
+    draft: RequestDraft, card: ModelCard, text: TextAssets, usual: SLO = _NONE_ASKED_FOR
+) -> RequestSpec:
     """The accepted request. Raises RequestError with the JSON path of what is wrong.
 
-    `usual` objectives hold where an online request asks for none: routers and engines then need no second rule.
+    `usual` objectives hold where an online request asks for none: routers and engines then need no rule of
+    their own.
     """
     params = draft.params
     num_prompt = len(draft.prompt_token_ids)

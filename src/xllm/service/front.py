@@ -305,7 +305,6 @@ class Front:
         ticket = self._dispatch.end(live, abort=abort)
         lens = [len(c.tokens) for c in live.journal.choices]
         self._admission.ended(live.request_id, lens, complete=live.error is None)
-        self.roles.ended(live.request_id)
         record = self._tally.ended(ticket, self._clock.monotonic_s())
         if not self._dispatch.tickets:
             self._idle.set()

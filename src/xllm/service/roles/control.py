@@ -18,6 +18,9 @@ from xllm.types import DECODE, MIXED, PREFILL, Phase
 
 CONFIRM = 2
 """Looks in a row that must find the same danger."""
+LASTING = 8
+"""The same before an instance gives up a phase for which nobody else gains it: of all mixed a burst makes a
+danger that is over before a switch has helped."""
 MIN_GAIN = 0.15
 """Of the worst share: less is within the error of the predictions, and would flip back and forth."""
 BUSY = 0.5
@@ -57,15 +60,18 @@ class ControlState:
 def tick(
     views: Sequence[RoleView], demand: Demand, state: ControlState, limits: RoleLimits, now_s: float
 ) -> tuple[Switch, ...]:
-    """At most one switch towards prefill and one towards decode. `views` are of one model."""
+    """At most one switch towards prefill and one towards decode, or all to mixed. `views`: one model's."""
     if len(views) < 2:
         return ()
     lacking = next((p for p in sorted(MIXED) if not any(p in v.load.phases for v in views)), None)
     if lacking is not None:
         return _repaired(views, lacking)
-    work = _smoothed(_calibrated(views, work_of([v.load for v in views], demand, [v.tpot_ms for v in views])), state)
+    work = _smoothed(
+        _calibrated(views, work_of([v.load for v in views], demand, [v.tpot_ms for v in views])), state
+    )
     now = split_of(views)
-    present = _as_seen(views, outlook(now, work, limits.ttft_ms, limits.tpot_ms), limits)
+    predicted = outlook(now, work, limits.ttft_ms, limits.tpot_ms)
+    present = _as_seen(views, predicted, limits)
     danger = _danger(views, present, state, now_s)
     state.num_seen = state.num_seen + 1 if danger else 0
     # Idleness has lasted already when it is found.
@@ -78,8 +84,12 @@ def tick(
         and (v.is_first_role or now_s - v.since_s >= limits.cooldown_s)
         and state.may_switch(v.load.name, now_s, limits.cooldown_s)
     ]
+    if danger == "idle_prefill" and predicted.worst <= BUSY:
+        return ()  # one gap made few streams look slow
     target, reached = best_split(views, work, limits.ttft_ms, limits.tpot_ms, now)
     if target == now or reached.worst > (1.0 - MIN_GAIN) * present.worst:
+        return ()
+    if target.num_mixed < now.num_mixed and state.num_seen < LASTING:
         return ()
     numbers = (
         f"ttft={present.ttft:.2f}->{reached.ttft:.2f},tpot={present.tpot:.2f}->{reached.tpot:.2f},"

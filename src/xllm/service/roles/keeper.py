@@ -67,7 +67,6 @@ class RoleKeeper:
         self._control: dict[str, ControlState] = {}
         self._left: dict[str, dict[Phase, set[str]]] = {}
         self._proofs: dict[str, _Proof] = {}
-        self._predicted: dict[str, float] = {}
         self._complete: set[str] = set()
         self._due_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -88,23 +87,12 @@ class RoleKeeper:
         """A new request was admitted and placed."""
         num_rows = max(1, len(spec.prompt_token_ids) - choice.num_matched)
         self.monitor.arrived(choice.instance.card.model_id, num_rows)
-        if choice.placement.ttft_ms is not None:
-            self._predicted[spec.request_id] = choice.placement.ttft_ms
 
     def spoke(self, instance: Instance, request_id: str, gap_ms: float | None, *, first: bool) -> None:
         """A request there got output: its first, or further after `gap_ms` (None = that says nothing)."""
         self._board.proven(instance.name, "prefill" if first else "decode")
-        if gap_ms is None:
-            return
-        if not first:
+        if gap_ms is not None and not first:
             self.monitor.spoke(instance.name, gap_ms)
-            return
-        predicted_ms = self._predicted.pop(request_id, None)
-        if predicted_ms is not None:
-            self.monitor.answered(instance.card.model_id, gap_ms, predicted_ms)
-
-    def ended(self, request_id: str) -> None:
-        self._predicted.pop(request_id, None)
 
     def lacking(self) -> str:
         """A phase that no instance of some model has had since it is known, "" = none lacks.

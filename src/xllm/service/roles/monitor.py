@@ -10,21 +10,15 @@ from dataclasses import dataclass
 
 _SMOOTH = 0.5
 """Weight of the newest period: two of them follow a step, one outlier moves it half the way."""
-_BIAS_SMOOTH = 0.2
-_MAX_BIAS = 16.0
 _MIN_GAPS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """Of one model. `prompt_tokens_per_s` arrive (uncached ones), in prompts of `prompt_len` on average.
-
-    `ttft_bias`: observed times to a first token by predicted ones.
-    """
+    """Of one model. `prompt_tokens_per_s` arrive (uncached ones), in prompts of `prompt_len` on average."""
 
     prompt_tokens_per_s: float = 0.0
     prompt_len: float = 0.0
-    ttft_bias: float = 1.0
 
 
 class LoadMonitor:
@@ -35,7 +29,6 @@ class LoadMonitor:
         self._prompts: Counter[str] = Counter()
         self._rate: dict[str, float] = {}
         self._len: dict[str, float] = {}
-        self._bias: dict[str, float] = {}
         self._gaps: dict[str, tuple[int, float]] = {}
         self._tpot_ms: dict[str, float] = {}
         self._began_s: float | None = None
@@ -44,12 +37,6 @@ class LoadMonitor:
         """A prompt was admitted, with so many tokens to be computed."""
         self._tokens[model_id] += num_tokens
         self._prompts[model_id] += 1
-
-    def answered(self, model_id: str, ttft_ms: float, predicted_ms: float) -> None:
-        if predicted_ms > 0.0:
-            ratio = min(_MAX_BIAS, max(1.0 / _MAX_BIAS, ttft_ms / predicted_ms))
-            bias = self._bias.get(model_id, 1.0)
-            self._bias[model_id] = bias + _BIAS_SMOOTH * (ratio - bias)
 
     def spoke(self, instance: str, gap_ms: float) -> None:
         """A further token, so long after the one before."""
@@ -77,7 +64,6 @@ class LoadMonitor:
         return Demand(
             prompt_tokens_per_s=self._rate.get(model_id, 0.0),
             prompt_len=self._len.get(model_id, 0.0),
-            ttft_bias=self._bias.get(model_id, 1.0),
         )
 
     def tpot_ms(self, instance: str) -> float | None:

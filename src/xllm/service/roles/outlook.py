@@ -21,6 +21,11 @@ HORIZON_MS = 2000.0
 still there, or has grown, does."""
 MAX_LOAD = 0.95
 """Of the capacity; a queue beyond is counted as one that grows, not as one that is infinite."""
+MAX_RANDOM_LOAD = 0.8
+"""Up to here arrivals at random are waited for as they say; a queue beyond shows in the backlog, and demand
+that was counted for two seconds is not known well enough to divide by what it leaves."""
+MAX_DRAWS = 0.99
+"""Of a decoder's time; streams beyond are counted as slow, not as infinitely slow."""
 KV_LIMIT = 0.9
 USUAL_PROMPT_LEN = 256.0
 """Until a prompt has been seen."""
@@ -78,7 +83,7 @@ def work_of(
     time per token that each was seen to give, None = as predicted."""
     cost = usual_cost(RouterSnapshot(instances=tuple(views), turn=0))
     length = demand.prompt_len or USUAL_PROMPT_LEN
-    own_ms = demand.ttft_bias * cost.prefill_ms(max(1, round(length)), max_rows=STEP_ROWS)
+    own_ms = cost.prefill_ms(max(1, round(length)), max_rows=STEP_ROWS)
     ms_per_token = own_ms / max(1.0, length)
     backlog = sum(max(v.backlog_tokens, v.engine.backlog_tokens) for v in views)
     num_decoding = sum(v.engine.num_decoding for v in views)
@@ -87,7 +92,7 @@ def work_of(
     draws = 0.0
     for view, tpot_ms in zip(views, tpots_ms or [None] * len(views), strict=True):
         engine = view.engine
-        step_ms = tpot_ms or cost.decode_ms(engine.num_decoding, engine.decode_context)
+        step_ms = max(tpot_ms or 0.0, cost.decode_ms(engine.num_decoding, engine.decode_context))
         draws += engine.num_decoding / max(_SMALLEST_MS, step_ms)
     totals = [v.engine.total_pages for v in views]
     return Work(
@@ -129,7 +134,7 @@ def _served(
     """
     c0 = max(_SMALLEST_MS, work.tpot_bias * work.cost.coefficients[0])
     num_decode = num_mixed_decode + split.num_decode
-    draws = min(MAX_LOAD, work.tpot_bias * work.draw_ms * work.draws_per_ms / num_decode)
+    draws = min(MAX_DRAWS, work.tpot_bias * work.draw_ms * work.draws_per_ms / num_decode)
     # What prompts get of a full step is the unit of capacity; of a mixed instance's time it is this:
     full = work.rows_ms / (work.rows_ms + work.cost.coefficients[0])
     decode_ms = c0 / (1.0 - draws)
@@ -142,7 +147,8 @@ def _served(
     load = min(MAX_LOAD, work.arrival / capacity)
     own_ms = work.own_ms / (1.0 if num_pure else share)
     left_ms = max(0.0, work.backlog_ms + HORIZON_MS * (work.arrival - capacity))
-    wait_ms = left_ms / capacity + own_ms * load / (2.0 * (1.0 - load)) / num_prefill
+    random = min(MAX_RANDOM_LOAD, load)
+    wait_ms = left_ms / capacity + own_ms * random / (2.0 * (1.0 - random)) / num_prefill
     tpot_ms = decode_ms
     # Prompts become streams: that none runs at this moment does not make their disturbance free.
     has_streams = work.num_decoding > 0 or work.arrival > 0

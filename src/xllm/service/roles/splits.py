@@ -16,6 +16,8 @@ from xllm.types import DECODE, MIXED, PREFILL
 
 _TIE = 0.05
 """Splits whose worst shares differ by less are equally good."""
+_CLEAR = 0.5
+"""By how much all mixed may be predicted worse than the best before that one is aimed at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +55,11 @@ def split_of(views: Sequence[RoleView]) -> Split:
 def best_split(
     views: Sequence[RoleView], work: Work, ttft_ms: float, tpot_ms: float, now: Split
 ) -> tuple[Split, Outlook]:
-    """The split with the smallest worst share; of equally good ones the nearest, then the most mixed."""
+    """The split with the smallest worst share; of equally good ones the nearest, then the most mixed.
+
+    All mixed, unless another one is clearly better: it serves whatever comes and waits for nobody's switch,
+    which a prediction for the demand of this moment does not see.
+    """
     roles = [v.load.phases for v in views]
     fixed = split_of([v for v in views if v.pinned])
     found = [
@@ -66,6 +72,9 @@ def best_split(
     ]
     least = min(reached.worst for reached, _ in found)
     near = [(reached, split) for reached, split in found if reached.worst <= least * (1.0 + _TIE)]
+    if all(split != now for _, split in near):
+        mixed = [x for x in found if x[1].num_mixed == len(views) and x[0].worst <= least * (1.0 + _CLEAR)]
+        near = mixed or near
     reached, split = min(near, key=lambda x: (_distance(now, x[1]), -x[1].num_mixed, x[0].worst, x[1]))
     return split, reached
 
@@ -101,7 +110,14 @@ def steps_towards(
     danger: str,
     numbers: str,
 ) -> tuple[Switch, ...]:
-    """One step in each direction, the urgent one first."""
+    """One step in each direction, the urgent one first. To all mixed at once: nothing moves, nobody loses a
+    phase, and what is only half mixed has the queues of one way and the long steps of the other."""
+    if target.num_mixed == len(views):
+        return tuple(
+            Switch(instance=v.load.name, phases=MIXED, epoch=v.epoch, reason=danger, numbers=numbers)
+            for v in free
+            if v.load.phases != MIXED
+        )
     more_prefill = ((DECODE, PREFILL), (DECODE, MIXED), (MIXED, PREFILL))
     more_decode = ((PREFILL, DECODE), (PREFILL, MIXED), (MIXED, DECODE))
     directions = (more_prefill, more_decode) if danger == "ttft" else (more_decode, more_prefill)

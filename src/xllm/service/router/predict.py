@@ -173,9 +173,7 @@ def _prospect(request: RequestView, view: InstanceView, cost: StepCost, is_fitte
     )
 
 
-def rows_of_step(
-    cost: StepCost, num_decoding: float, decode_context: float, tpot_ms: float | None
-) -> int:
+def rows_of_step(cost: StepCost, num_decoding: float, decode_context: float, tpot_ms: float | None) -> int:
     """Prompt rows of a step there: engines leave their streams the time per token that was promised. Theirs
     may differ from this one; what is asked for here is taken for everybody's."""
     rows = max(PAGE_SIZE, STEP_ROWS - int(num_decoding))

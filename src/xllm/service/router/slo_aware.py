@@ -39,7 +39,9 @@ def slo_aware(request: RequestView, snapshot: RouterSnapshot, config: FrontConfi
         return _answer(request, scored, uses, slo, f"slo=kept_by_{len(keeping)}_of_{len(prospects)}")
     # In units of its objective, so a miss by a tenth is a miss by a tenth at every objective. The factor
     # makes differences of five percent ties of `pick`.
-    return _answer(request, [(-100.0 * _miss(request, p, uses), p) for p in prospects], uses, slo, "slo=missed")
+    return _answer(
+        request, [(-100.0 * _miss(request, p, uses), p) for p in prospects], uses, slo, "slo=missed"
+    )
 
 
 class _Objectives(NamedTuple):

@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass, field
 
 from xllm.config import FrontConfig
-from xllm.cost import StepCost
+from xllm.cost import StepCost, rows_beside
 from xllm.service.roles.board import Phases, RoleBoard
 from xllm.service.roles.control import ControlState, RoleLimits, tick
 from xllm.service.roles.monitor import LoadMonitor
@@ -17,7 +17,7 @@ from xllm.service.roles.splits import RoleView
 from xllm.service.router.base import InstanceView, RequestView, RouterSnapshot
 from xllm.service.router.disaggregated import place
 from xllm.service.router.registry import load_policy
-from xllm.types import EngineSnapshot
+from xllm.types import SLO, EngineSnapshot
 
 COST = (2.0, 0.1, 0.00002, 0.3, 0.0004)
 CHUNK = 512
@@ -116,7 +116,13 @@ class Cluster:
         self._num += 1
         length = max(1, round(shape.prompt_len * self._rng.uniform(0.7, 1.3)))
         output = max(1, round(shape.output_len * self._rng.uniform(0.7, 1.3)))
-        view = RequestView(request_id=f"r{self._num}", model="m", num_prompt_tokens=length, max_tokens=output)
+        view = RequestView(
+            request_id=f"r{self._num}",
+            model="m",
+            num_prompt_tokens=length,
+            max_tokens=output,
+            slo=SLO(ttft_ms=self.limits.ttft_ms, tpot_ms=self.limits.tpot_ms),
+        )
         placement = place(
             self._policy, view, RouterSnapshot(instances=self._views(), turn=self._num), self._config
         )
@@ -130,7 +136,8 @@ class Cluster:
 
     def _step(self, engine: Engine) -> None:
         """What ends now was begun when the engine was last free: its duration is charged afterwards."""
-        rows, attended = CHUNK, 0
+        chunk = self._chunk(engine)
+        rows, attended = chunk, 0
         done: list[Request] = []
         for request in engine.waiting:
             take = min(rows, request.prompt - request.rows)
@@ -139,9 +146,9 @@ class Cluster:
             rows -= take
             if request.rows == request.prompt:
                 done.append(request)
-        if rows == CHUNK and not engine.streams:
+        if rows == chunk and not engine.streams:
             return
-        took_ms = StepCost(COST).step_ms(CHUNK - rows, attended, len(engine.streams), engine.context)
+        took_ms = StepCost(COST).step_ms(chunk - rows, attended, len(engine.streams), engine.context)
         end_ms = engine.free_ms = self.now_ms + took_ms * (1 + self._noise * self._rng.uniform(-1, 1))
         for request in engine.streams:
             self._monitor.spoke(engine.name, end_ms - request.last_ms)
@@ -152,6 +159,14 @@ class Cluster:
             request.out, request.first_ms, request.last_ms = 1, end_ms, end_ms
             if request.output > 1:
                 self._engines[request.decode or engine.name].streams.append(request)
+
+    def _chunk(self, engine: Engine) -> int:
+        """As the scheduler of an engine bounds it."""
+        if not engine.streams:
+            return CHUNK
+        return min(
+            CHUNK, rows_beside(StepCost(COST), len(engine.streams), engine.context, self.limits.tpot_ms)
+        )
 
     def _views(self) -> tuple[InstanceView, ...]:
         return tuple(self._view(engine) for _, engine in sorted(self._engines.items()))

@@ -215,9 +215,8 @@ async def test_adaptive_control_switches_within_two_periods_and_says_why(house: 
     house.front.roles._observer.on_role = lambda *facts: told.append(facts)  # type: ignore[method-assign]
     house.pass_time(1.4)
     switched = [i for i in house.front.snapshot().instances if i.standing.reason == "ttft"]
-    assert len(switched) == 1
-    assert "prefill" in switched[0].standing.phases
-    assert told[0][0] == switched[0].name
+    assert {i.standing.role for i in switched} == {"mixed"}
+    assert {facts[0] for facts in told} == {i.name for i in switched}
     assert "ttft=" in told[0][4]
 
 
