@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from xllm.api.app import create_app
 from xllm.api.server import HttpServer
+from xllm.cli.room import with_room
 from xllm.cli.watching import open_desk
 from xllm.clock import Clock, SystemClock
 from xllm.config import ClusterConfig, EngineConfig, FrontConfig, ServerConfig
@@ -44,6 +45,7 @@ class Running:
 async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> AsyncIterator[Running]:
     """Start everything, yield, then drain and end everything in the reverse order."""
     clock = clock or SystemClock()
+    loaded, why_memory = with_room(loaded)
     engine_config, front_config, server_config = (
         loaded.build(EngineConfig),
         loaded.build(FrontConfig),
@@ -61,6 +63,7 @@ async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> Async
         raise ConfigError("name a model, e.g. xllm serve smollm2 (xllm list shows more)")
     for line in (*loaded.notes, *sources_lines(loaded.values, loaded.sources)):
         say(f"  {line}")
+    say(f"  {why_memory}")
     report = StartupReport(clock)
     usage = open_usage_store(server_config.usage_db)
     recorder = UsageRecorder(usage, clock, front_id=new_request_id())

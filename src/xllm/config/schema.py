@@ -79,6 +79,12 @@ class PlatformConfig:
     num_local_instances: int = option(
         1, "engines that share this machine's cores and memory; serve counts its own", has_flag=False
     )
+    memory_bytes: int | None = option(
+        None,
+        "what the engines of this machine may take together; default: what its containers leave, or four "
+        "fifths of what is free",
+        has_flag=False,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

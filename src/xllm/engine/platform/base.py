@@ -16,6 +16,7 @@ import numpy.typing as npt
 from xllm.arch import ArchConfig
 from xllm.codes import GroupCodes
 from xllm.config.schema import EngineConfig
+from xllm.engine.fitting import MemoryPlan
 from xllm.engine.kernels.programs import ProgramCounters
 from xllm.engine.kvtransfer.memory import KVMemory
 from xllm.engine.plan import StepPlan, StepResult
@@ -40,6 +41,8 @@ class TensorSource(Protocol):
     def load_f32(self, name: str) -> npt.NDArray[np.float32]: ...
 
     def load_codes(self, name: str) -> GroupCodes | None: ...
+
+    def code_kind(self, name: str) -> tuple[int, int] | None: ...
 
 
 class Runner(Protocol):
@@ -107,7 +110,7 @@ class BuiltRunner:
 
 
 class Platform(Protocol):
-    """`KeepsPages` is what a platform may offer beyond this."""
+    """`KeepsPages` and `PlansMemory` are what a platform may offer beyond this."""
 
     @property
     def name(self) -> str: ...
@@ -124,6 +127,16 @@ class Platform(Protocol):
         sampler: Sampler,
     ) -> BuiltRunner:
         """Load the weights and reserve the KV pages. Raises ConfigError with field, value and remedy."""
+
+
+@runtime_checkable
+class PlansMemory(Protocol):
+    """A platform that knows before loading what it will take; `create_runner` begins with the same plan."""
+
+    def plan_memory(
+        self, arch: ArchConfig, tensors: TensorSource, config: EngineConfig, max_model_len: int
+    ) -> MemoryPlan:
+        """Reads no weight. Raises ConfigError with the table and what would fit."""
 
 
 @runtime_checkable
