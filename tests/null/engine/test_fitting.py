@@ -127,7 +127,7 @@ def test_a_length_that_is_named_is_the_largest() -> None:
 
 
 def test_where_nothing_helps_the_missing_memory_is_told() -> None:
-    with pytest.raises(ConfigError, match="no single setting is enough; the least is [0-9]+ MiB more"):
+    with pytest.raises(ConfigError, match="no setting is enough; the least is [0-9]+ MiB more"):
         plan(100 * MIB)
 
 

@@ -99,9 +99,9 @@ def _refusal(plan: MemoryPlan, config: EngineConfig, max_model_len: int, changed
     if found:
         remedy = "; or ".join(found)
     elif missing > 0:
-        remedy = f"no single setting is enough; the least is {-(-missing // MIB)} MiB more memory"
+        remedy = f"no setting is enough; the least is {-(-missing // MIB)} MiB more memory"
     else:
-        remedy = "no single setting is enough"
+        remedy = "no setting is enough"
     return ConfigError(
         f"memory: the engine would not fit\n{table}{short}\nfits with: {remedy}",
         param="num_pages" if config.cache.num_pages is not None else "max_model_len",

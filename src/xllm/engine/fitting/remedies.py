@@ -23,9 +23,11 @@ _QUANTIZE: tuple[Literal["file", "w8g32", "w4g32"], ...] = ("file", "w8g32", "w4
 
 
 def remedies(config: EngineConfig, max_model_len: int, plan: Plan) -> list[str]:
-    """Flags with values, those that cost users least first; empty = no single one is enough."""
+    """Flags with values, those that cost users least first; several at once where no single one is enough;
+    empty = nothing helps."""
     tried = (_pages, _engines, _length, _kv_dtype, _weights, _rows)
-    return list(islice((r for attempt in tried for r in attempt(config, max_model_len, plan)), _MAX_SHOWN))
+    found = list(islice((r for attempt in tried for r in attempt(config, max_model_len, plan)), _MAX_SHOWN))
+    return found or list(islice(_together(config, max_model_len, plan), 1))
 
 
 def _pages(config: EngineConfig, max_model_len: int, plan: Plan) -> Iterator[str]:
@@ -78,6 +80,18 @@ def _rows(config: EngineConfig, max_model_len: int, plan: Plan) -> Iterator[str]
 
     if rows := _largest(_LEAST_ROWS, config.scheduler.max_num_batched_tokens - 1, _LEAST_ROWS, good):
         yield f"--max-num-batched-tokens {rows}"
+
+
+def _together(config: EngineConfig, max_model_len: int, plan: Plan) -> Iterator[str]:
+    """Smaller weights, and then the longest context that they leave room for."""
+    for name in (config.model.quantize, *_QUANTIZE):
+        for dtype in dict.fromkeys((config.cache.kv_cache_dtype, "int8")):
+            model = replace(config.model, quantize=name)
+            changed = replace(config, model=model, cache=replace(config.cache, kv_cache_dtype=dtype))
+            weights = "" if name == config.model.quantize else f"--quantize {name} "
+            pages = "" if dtype == config.cache.kv_cache_dtype else f"--kv-cache-dtype {dtype} "
+            for length in _length(changed, max_model_len, plan):
+                yield f"{weights}{pages}{length}"
 
 
 def _largest(least: int, most: int, step: int, good: Callable[[int], bool]) -> int:

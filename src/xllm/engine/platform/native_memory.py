@@ -26,9 +26,9 @@ _BITS = {"bf16": 16, "w8g32": 8, "w4g32": 4, "w8a8": 8}
 CodesOf = Callable[[str], tuple[int, int] | None]
 """Tensor → (bits, columns of a group) of the codes that are kept of it; None = it is kept as values."""
 
-_PEAK_PER_WEIGHT = 14
-"""Bytes: a tensor as stored, as float32, joined with its neighbours and padded; or as codes with what they
-are taken apart into. Of the largest parameter, one at a time."""
+_BYTES_READ = {"codes": 6, "one": 8, "joined": 12}
+"""Per weight while a parameter is packed: as stored and as float32, for a moment twice; several tensors are
+joined, which makes one more copy; codes are bytes and are taken apart. Seen: 3.4 for codes, 7.2 for one."""
 
 
 def weight_parts(
@@ -41,19 +41,30 @@ def weight_parts(
 ) -> tuple[tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]]:
     """(shared, own, while loading). `classes` of linears and of tables; `codes_of` where codes are kept as
     the file has them. `kept`: in a file that all engines map; `found`: it is there already."""
-    size = sum(packed_bytes(param, classes, codes_of) for param in params)
-    largest = max(math.prod(_shape(param)) for param in params)
+    sizes = [packed_bytes(param, classes, codes_of) for param in params]
+    size, peak = sum(sizes), _packing_peak(params, sizes, codes_of)
     # Blocks of huge pages: the last one of each is not full.
-    private = size + _HUGE_BYTES * (
-        len(params) if size > _BLOCK_BYTES * len(params) else 1 + size // _BLOCK_BYTES
-    )
-    one = Part("packing", _PEAK_PER_WEIGHT * largest, "the largest weight as stored, as values and packed")
+    large = sum(size > _BLOCK_BYTES for size in sizes)
+    private = size + _HUGE_BYTES * (1 + large + size // _BLOCK_BYTES)
     if not kept:
-        return (), (Part("weights", private, "packed, in memory of each engine"),), (one,)
+        beyond = Part("packing", max(0, peak - size), "the largest weight as stored and as values")
+        return (), (Part("weights", private, "packed, in memory of each engine"),), (beyond,)
     mapped = Part("weights", size, "packed, one file that all engines map")
     if found:
         return (mapped,), (), ()
-    return (mapped,), (), (one, Part("packed weights", private, "beside the file until it is written"))
+    return (mapped,), (), (Part("packing", max(private, peak - size), "beside the file until it is written"),)
+
+
+def _packing_peak(params: Sequence[Param], sizes: Sequence[int], codes_of: CodesOf | None) -> int:
+    """Parameters are packed one after the other: all before, and one as it is read."""
+    peak = done = 0
+    for param, size in zip(params, sizes, strict=True):
+        done += size
+        kind = "one" if len(param.sources) == 1 and not param.pad_rows else "joined"
+        if param.kind != "vector" and codes_of is not None and all(map(codes_of, param.sources)):
+            kind = "codes"
+        peak = max(peak, done + _BYTES_READ[kind] * math.prod(_shape(param)))
+    return peak
 
 
 def packed_bytes(param: Param, classes: tuple[WeightClass, WeightClass], codes_of: CodesOf | None) -> int:
