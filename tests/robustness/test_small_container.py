@@ -1,4 +1,4 @@
-"""Real control groups with little memory: an engine refuses with the numbers or lives, and is never killed."""
+"""Real control groups with little memory: an engine refuses with the numbers or lives; none is killed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xllm.testing.server_process import ServerProcess
 
 MIB = 1 << 20
 V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
-FLAGS = ("--platform", "native", "--max-num-seqs", "8")
+FLAGS = ("--platform", "native", "--max-num-seqs", "4", "--max-model-len", "2048")
 
 
 @contextlib.contextmanager
@@ -66,7 +66,8 @@ def test_an_engine_refuses_or_lives(smollm2: str, limit_mib: int) -> None:
         except RuntimeError:
             text = "\n".join(server.lines)
             assert "memory: the engine would not fit" in text
-            assert "left of the" in text and str(group.parent.name) in text
+            assert "left of the" in text
+            assert str(group.parent.name) in text
             assert "Traceback" not in text
             print(text)
         else:
@@ -111,7 +112,7 @@ def fill(server: ServerProcess) -> None:
             "prompt": [(i * 7919 + j) % 49000 for j in range(length)],
             "max_tokens": 8,
         }
-        return httpx.post(f"{server.base_url}/v1/completions", json=body, timeout=300).status_code
+        return httpx.post(f"{server.base_url}/v1/completions", json=body, timeout=600).status_code
 
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
         assert set(threads.map(ask, range(num_requests))) == {200}
