@@ -251,3 +251,7 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Connections that were refused or cut off: no hand-shake, garbage, too slow."""
     num_skipped_messages: int = 0
     """Messages of a newer version that were not understood."""
+    num_step_gaps: int = 0
+    """Steps that followed another one while there was work; in between the device idled for …"""
+    step_gaps_ms: float = 0.0
+    """… so long, all gaps together."""

@@ -32,6 +32,7 @@ class ModelConfig:
     weights_cache: str = option(
         "auto",
         "directory of packed weights that engines share; auto = in the cache directory, off = none",
+        has_flag=False,
     )
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = option(
         "auto", "dummy = random weights of the right shape"
@@ -62,6 +63,9 @@ class SchedulerConfig:
     max_num_batched_tokens: int = option(512, "rows computed in one step")
     enable_chunked_prefill: bool = option(True, "off: a prompt is computed in one piece")
     scheduling_policy: str = option("fcfs", "fcfs, priority, or an entry point of xllm.scheduler_orders")
+    async_scheduling: Literal["auto", "on", "off"] = option(
+        "auto", "plan the next step while one runs; auto = where the platform can run them back to back"
+    )
     max_num_queued_reqs: int = option(256, "requests an instance holds beyond the running ones")
     logits_processors: tuple[str, ...] = option((), "entry points of xllm.logits_processors, in order")
 

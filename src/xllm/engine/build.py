@@ -26,7 +26,7 @@ from xllm.engine.kvtransfer.memory import KVMemory
 from xllm.engine.kvtransfer.opening import open_plane, pages_for_peers
 from xllm.engine.kvtransfer.plane import DataPlane
 from xllm.engine.memory.manager import PageManager
-from xllm.engine.platform.base import KeepsPages, PlansMemory, Runner
+from xllm.engine.platform.base import KeepsPages, PlansMemory, Runner, StepQueue
 from xllm.engine.platform.host import bind_to_cpus
 from xllm.engine.platform.registry import select_platform
 from xllm.engine.progress import StepProgress
@@ -116,7 +116,8 @@ def build_engine(
         max_model_len=max_model_len,
         eos_token_ids=card.eos_token_ids,
     )
-    executor = InProcExecutor(runner)
+    lookahead, why_ahead = _lookahead(config, runner)
+    executor = InProcExecutor(runner, lookahead=lookahead, clock=clock)
     core = EngineCore(
         card,
         scheduler,
@@ -135,7 +136,7 @@ def build_engine(
         runner=runner,
         memory=memory,
         assets={_digest(data): data for data in assets.values()},
-        report=(*reasons, why_len, *built.report, *kept),
+        report=(*reasons, why_len, *built.report, why_ahead, *kept),
         pages=runner.kv_memory(shared),
     )
 
@@ -154,6 +155,21 @@ def plan_memory(config: EngineConfig) -> MemoryPlan | None:
     if not isinstance(platform, PlansMemory):
         return None
     return platform.plan_memory(arch, source.tensors(), config, _max_model_len(config, arch)[0])
+
+
+def _lookahead(config: EngineConfig, runner: Runner) -> tuple[bool, str]:
+    """Whether the next step is planned while one runs, and why."""
+    asked = config.scheduler.async_scheduling
+    if asked == "off":
+        return False, "async_scheduling=off: as asked"
+    if isinstance(runner, StepQueue):
+        return True, "async_scheduling=on: the next step is handed over while one runs"
+    if asked == "on":
+        raise ConfigError(
+            "async_scheduling: on, but this platform runs one step at a time here; leave it at auto",
+            param="async_scheduling",
+        )
+    return False, "async_scheduling=off: this platform runs one step at a time here"
 
 
 def build_here(

@@ -1,4 +1,4 @@
-"""EngineCore: one engine step is plan → execute → absorb, on one screen.
+"""EngineCore: one engine step is plan → execute → absorb, on one screen; the next is planned meanwhile.
 
 Charter: policy lives in `scheduler` and `memory`, maths behind `executor`, transport in `hub`.
 Only what every step of every model needs may live here.
@@ -20,8 +20,9 @@ from xllm.engine.memory.manager import PageManager
 from xllm.engine.memory.news import PageChanges
 from xllm.engine.moving import Mover
 from xllm.engine.plan import StepPlan, StepResult
-from xllm.engine.progress import Pace, Shape, StepProgress, shape_of
+from xllm.engine.progress import StepProgress
 from xllm.engine.scheduler.scheduler import Scheduler
+from xllm.engine.steps import Steps
 from xllm.engine.surviving import Keeper
 from xllm.errors import UnavailableError
 from xllm.limits import validate_spec
@@ -33,7 +34,11 @@ Outputs = dict[int, list[Frame]]
 
 
 class EngineCore:
-    """Owned by exactly one thread: the step thread. `progress` may be read by any."""
+    """Owned by exactly one thread: the step thread. `progress` may be read by any.
+
+    Between two turns at most one step is under way. Whatever concerns transfers first waits for it
+    (`quiesce`), and while a request is being moved away none is planned behind another.
+    """
 
     def __init__(
         self,
@@ -50,19 +55,16 @@ class EngineCore:
         self.clock = clock
         self.progress = progress or StepProgress()
         self._memory = memory
-        self._executor = executor
+        self.steps = Steps(executor, clock)
         self._program_counters = program_counters
         self.keeper: Keeper | None = None
         self._events: deque[TransferEvent] = deque()
-        self.mover = Mover(scheduler, memory, NoTransfers(self._events.append), self._settle)
-        self._pace = Pace()
-        self._shape: Shape = (0, 0, 0, 0)
-        self._last_step_ms = 0.0
+        self.mover = self._mover(NoTransfers(self._events.append))
         self._draining = False
 
     def join(self, transfers: Transfers) -> None:
         """Exchange pages with peers from now on; before the first request. Its events go to `on_event`."""
-        self.mover = Mover(self.scheduler, self._memory, transfers, self._settle)
+        self.mover = self._mover(transfers)
 
     def on_event(self, event: TransferEvent) -> None:
         """The transfers have something to tell. Not from within a call to them."""
@@ -85,42 +87,65 @@ class EngineCore:
 
     def advance(self) -> bool:
         """Run one step if anything can run; whether it did. What came due waits in `take_outputs`."""
-        plan = self.begin_step()
-        if plan is not None:
-            self.end_step(plan, self.execute(plan))
-        self.check_idle()
-        return plan is not None
+        self.begin_turn()
+        self.plan()
+        self.plan()
+        return self.collect()
 
-    def begin_step(self) -> StepPlan | None:
-        """What the next step computes; None = nothing can run. `execute` and `end_step` follow."""
+    def begin_turn(self) -> None:
         now_s = self.clock.monotonic_s()
         self.progress.begin(now_s)
         while self._events:
             self.mover.on_event(self._events.popleft(), now_s)
         self.mover.tick(now_s)
-        plan = self.scheduler.plan(now_s)
+        self.progress.predicted_ms = self.steps.predicted_ms
+
+    @property
+    def may_plan_ahead(self) -> bool:
+        """A step is under way, and another one may be handed over."""
+        return bool(self.steps) and self.steps.has_room and not self.mover.needs_quiet
+
+    def plan(self) -> bool:
+        """Plan a step and hand it over, behind the one under way if there is one; False = there is none."""
+        if self.steps and not self.may_plan_ahead:
+            return False
+        plan = self.scheduler.plan(self.clock.monotonic_s())
+        is_idle = plan is None and not self.steps
         if self.keeper is not None and self.keeper.num_due:
             # Now, since what the last step brought is on its way to its readers. In proportion to the step.
-            self.keeper.write(None if plan is None else 1 + plan.num_rows // PAGE_SIZE)
-        if plan is not None:
-            self._shape = shape_of(plan)
-            self.progress.predicted_ms = self._pace.predict_ms(self._shape)
-            self.mover.before_step(plan)
-        return plan
+            num_rows = 0 if plan is None else plan.num_rows
+            self.keeper.write(None if is_idle else 1 + num_rows // PAGE_SIZE)
+        if is_idle:
+            self.steps.rest()
+        if plan is None:
+            return False
+        self.mover.before_step(plan)
+        self.steps.submit(plan)
+        self.progress.predicted_ms = self.steps.predicted_ms
+        return True
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        return self._executor.execute(plan)
+    def collect(self) -> bool:
+        """Wait for the oldest step and absorb it; False = none is under way."""
+        ran = bool(self.steps)
+        if ran:
+            self.end_step(*self.steps.collect())
+        if not self.scheduler.has_requests and not self.steps:
+            # With no request alive no page may be owned.
+            self._memory.check_idle()
+        return ran
 
     def end_step(self, plan: StepPlan, result: StepResult) -> None:
-        self._last_step_ms = result.elapsed_ms
-        self._pace.observe(self._shape, result.elapsed_ms)
         self.scheduler.absorb(plan, result)
-        self.mover.after_step(result.rerun)
+        if not result.dropped:
+            self.mover.after_step(result.rerun)
+        if result.rerun:
+            # What was handed over behind it is dropped. At once, or the next plan would build upon it.
+            self.quiesce()
 
-    def check_idle(self) -> None:
-        """With no request alive no page may be owned. Raises InternalError."""
-        if not self.scheduler.has_requests:
-            self._memory.check_idle()
+    def quiesce(self) -> None:
+        """Until no step is under way."""
+        while self.steps:
+            self.end_step(*self.steps.collect())
 
     def take_outputs(self) -> Outputs:
         """Frames since the last call, terminal ones included."""
@@ -164,6 +189,7 @@ class EngineCore:
         """`more` are fields that others count."""
         programs = self._program_counters()
         moves = self.mover.counters
+        pace = self.steps.pace
         counted = (
             {}
             if programs is None
@@ -176,10 +202,12 @@ class EngineCore:
         )
         return msgspec.structs.replace(
             self.scheduler.snapshot(),
-            last_step_ms=self._last_step_ms,
-            cost=self._pace.coefficients,
-            cost_error=self._pace.error,
-            half_cost=self._pace.half,
+            last_step_ms=self.steps.last_ms,
+            num_step_gaps=self.steps.num_gaps,
+            step_gaps_ms=self.steps.gaps_ms,
+            cost=pace.coefficients,
+            cost_error=pace.error,
+            half_cost=pace.half,
             draining=self._draining,
             num_moved_out=moves.num_out,
             num_moved_in=moves.num_in,
@@ -190,12 +218,17 @@ class EngineCore:
             **more,
         )
 
-    def _settle(self) -> None:
-        plan = self.scheduler.take_copies()
-        if plan is not None:
-            self._executor.execute(plan)
-
     def close(self) -> None:
         if self.keeper is not None:
             self.keeper.write()
-        self._executor.close()
+        self.steps.close()
+
+    def _mover(self, transfers: Transfers) -> Mover:
+        return Mover(self.scheduler, self._memory, transfers, settle=self._settle, quiesce=self.quiesce)
+
+    def _settle(self) -> None:
+        """Carry out the page copies that are due."""
+        self.quiesce()
+        plan = self.scheduler.take_copies()
+        if plan is not None:
+            self.steps.execute(plan)

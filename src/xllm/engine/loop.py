@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from xllm.engine.core import EngineCore, Outputs
 from xllm.engine.kv_news import KvTeller
 from xllm.engine.kvtransfer.base import TransferEvent
+from xllm.engine.lateness import plan_at_s
 from xllm.engine.link import LinkCounters
 from xllm.engine.moving.news import TransferNews
 from xllm.engine.port import Inbox, Port
@@ -91,14 +92,30 @@ class EngineLoop:
         """Until stopped, drained, or the parent is gone. Every accepted request has ended then."""
         self._kv.tell(may_wait=False)
         ran = False
-        while self._take_messages(may_wait=not ran):
-            # What the transfers said during the last step: a stream stands still for it, so it does not wait
-            # for the next one.
-            self._answer_moves()
-            ran = self._core.advance()
+        while not self._stopped and self._take_messages(may_wait=not ran):
+            ran = self._turn()
             if not self._publish(ran):
                 break
         self._finish()
+
+    def _turn(self) -> bool:
+        """One step of the core. What arrives while it runs still gets into the next one."""
+        core = self._core
+        # What the transfers said during the last step: a stream stands still for it, so it does not wait
+        # for the next one.
+        self._tell_news()
+        core.begin_turn()
+        core.plan()
+        if core.may_plan_ahead:
+            self._take_messages_until(plan_at_s(core.steps.began_s, core.steps.predicted_ms))
+            self._tell_news()
+            core.plan()
+        return core.collect()
+
+    def _tell_news(self) -> None:
+        """What messages led to. Frames first: some of them end the step that is under way."""
+        self._send_frames()
+        self._answer_moves()
 
     def _publish(self, ran: bool) -> bool:
         """Send what came due; False = drained, and it ends."""
@@ -111,7 +128,8 @@ class EngineLoop:
 
     def _finish(self) -> None:
         self._core.abort_all()
-        self._core.advance()
+        while self._core.advance():
+            continue  # the step under way has rows of requests that are gone
 
     # -- in -----------------------------------------------------------------------------------
 
@@ -134,16 +152,30 @@ class EngineLoop:
                 if self._drain_end_s is not None or self._core.has_requests or self._core.mover.is_waiting:
                     return True
                 continue
-            if port is None:
-                self._from_within(message)
-            elif message is None:
-                self._lose(port)
-            else:
-                self._handle(port, message)
-                port.took()
+            self._take(port, message)
             if self._stopped:
                 return False
             may_wait = False
+
+    def _take_messages_until(self, end_s: float) -> None:
+        """Handle what arrives until then, or until the step under way had to be ended for it."""
+        core = self._core
+        while core.steps and not self._stopped:
+            left_s = end_s - core.clock.monotonic_s()
+            try:
+                port, message = self._inbox.get(block=left_s > 0, timeout=max(left_s, 0.0))
+            except queue.Empty:
+                return
+            self._take(port, message)
+
+    def _take(self, port: Port | None, message: FrontMessage | TransferEvent | None) -> None:
+        if port is None:
+            self._from_within(message)
+        elif message is None:
+            self._lose(port)
+        else:
+            self._handle(port, message)
+            port.took()
 
     def _from_within(self, message: FrontMessage | TransferEvent | None) -> None:
         if isinstance(message, TransferEvent):
@@ -229,6 +261,14 @@ class EngineLoop:
     # -- out ----------------------------------------------------------------------------------
 
     def _send_outputs(self) -> None:
+        """Frames, and from time to time news for fronts that get none."""
+        outputs = self._send_frames()
+        silent = [port for number, port in self._fronts.items() if number not in outputs]
+        if silent and (now_s := self._core.progress.since_s) >= self._stats_s:
+            self._stats_s = now_s + STATS_S
+            self._tell_all(silent)
+
+    def _send_frames(self) -> Outputs:
         outputs = self._core.take_outputs()
         if self._refused:
             for owner, frames in self._refused.items():
@@ -241,10 +281,7 @@ class EngineLoop:
                 self._tracer.told(owner, frames)
                 if port is not None:
                     port.send(Frames(frames=tuple(frames), snapshot=snapshot))
-        silent = [port for number, port in self._fronts.items() if number not in outputs]
-        if silent and (now_s := self._core.progress.since_s) >= self._stats_s:
-            self._stats_s = now_s + STATS_S
-            self._tell_all(silent)
+        return outputs
 
     def _answer_moves(self) -> None:
         """After the frames: a front that hears of the outcome has every token drawn before."""

@@ -36,6 +36,10 @@ class Sequence:
     rank: tuple[float, ...] = ()
     """The order's key with the choice; smaller is served first. Orders are pure, so it is made once."""
     num_computed: int = 0
+    in_flight: int = 0
+    """Rows behind the computed ones that are planned and not absorbed yet …"""
+    drawing: int = 0
+    """… and the tokens that these draw, which are not known yet."""
     table: PageTable | None = None
     state: SequenceState = SequenceState.WAITING
     held: bool = False
@@ -56,13 +60,18 @@ class Sequence:
 
     @property
     def behind(self) -> int:
-        """Rows to compute before the next token can be drawn."""
+        """Rows to compute before the next token can be drawn, those under way included."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def unplanned(self) -> int:
+        """Rows behind those that are computed or under way; what these draw is a row then."""
+        return len(self.tokens) + self.drawing - self.num_computed - self.in_flight
 
     @property
     def out_of_credit(self) -> bool:
         """Too far ahead of the front's commit log: its reader is slow, so it waits."""
-        return len(self.tokens) - self.prompt_len - self.num_committed >= CREDIT_WINDOW
+        return len(self.tokens) + self.drawing - self.prompt_len - self.num_committed >= CREDIT_WINDOW
 
     @property
     def stalled(self) -> bool:

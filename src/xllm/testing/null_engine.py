@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from xllm.config import SchedulerConfig
 from xllm.engine.core import EngineCore
 from xllm.engine.executor import InProcExecutor
-from xllm.engine.memory.manager import PageManager
+from xllm.engine.memory.manager import PageManager, pages_for
 from xllm.engine.platform.null_runner import NullRunner, empty_pages, token_pages
 from xllm.engine.sampling import Sampler
 from xllm.engine.scheduler.order import create_order
@@ -18,7 +18,7 @@ from xllm.engine.scheduler.scheduler import Scheduler
 from xllm.engine.surviving import Adopted, SharedPages, adopt
 from xllm.testing.clock import FakeClock
 from xllm.testing.fake_transfers import FakeTransfers, Wire
-from xllm.types import KVGroup, KVLayout, ModelCard, RequestSpec, SamplingParams, TokenSegment
+from xllm.types import PAGE_SIZE, KVGroup, KVLayout, ModelCard, RequestSpec, SamplingParams, TokenSegment
 from xllm.wire.messages import Frame
 
 VOCAB_SIZE = 512
@@ -63,7 +63,7 @@ class NullEngine:
         """Step until no request is left; every frame, with all output committed at once."""
         frames: list[Frame] = []
         for _ in range(max_steps):
-            if not self.core.has_requests:
+            if not self.core.has_requests and not self.core.steps:
                 return frames
             frames += self.step()
         raise AssertionError(f"requests are still alive after {max_steps} steps")
@@ -74,6 +74,7 @@ class NullEngine:
         for frame in frames:
             self.core.scheduler.committed(frame.request_id, frame.choice, frame.offset + len(frame.tokens))
         self.memory.check()
+        check_under_way(self)
         return list(frames)
 
 
@@ -87,9 +88,11 @@ def null_engine(
     shared: SharedPages | None = None,
     wire: Wire | None = None,
     name: str = "",
+    lookahead: bool = False,
 ) -> NullEngine:
     """A fresh engine; `num_pages` per group. With `shared` its pages outlive it, and `keeper` is set; with
-    `wire` it exchanges pages with the others there, as `name`."""
+    `wire` it exchanges pages with the others there, as `name`. With `lookahead` each step is planned before the
+    one in front of it is collected."""
     config = config or SchedulerConfig()
     clock = FakeClock()
     memory = PageManager(groups, [num_pages] * len(groups), enable_prefix_caching)
@@ -106,7 +109,7 @@ def null_engine(
     kv = empty_pages(per_group) if shared is None else token_pages(shared, per_group)
     runner = NullRunner(layout, per_group, VOCAB_SIZE, Sampler(), kv=kv)
     card = null_card(num_pages, max_model_len)
-    core = EngineCore(card, scheduler, memory, InProcExecutor(runner), clock)
+    core = EngineCore(card, scheduler, memory, InProcExecutor(runner, lookahead=lookahead), clock)
     engine = NullEngine(core=core, memory=memory, runner=runner, clock=clock)
     if wire is not None:
         engine.transfers = FakeTransfers(wire, name, kv)
@@ -114,6 +117,19 @@ def null_engine(
     if shared is not None:
         core.keeper, engine.adopted = adopt(shared, memory, card.numerics_class, layout.digest())
     return engine
+
+
+def check_under_way(engine: NullEngine) -> None:
+    """Every page that a step under way reads or writes belongs to somebody, so nobody else is given it."""
+    windows = [group.window for group in engine.runner.kv_layout.groups]
+    for flight in engine.core.scheduler.flights:
+        for entry in flight.plan.sequences:
+            end = entry.start + len(entry.tokens)
+            for g, (window, pages) in enumerate(zip(windows, entry.pages, strict=True)):
+                first = 0 if window is None else max(0, entry.start - window + 1)
+                for page in pages[first // PAGE_SIZE : pages_for(end)]:
+                    if not engine.memory.is_owned(g, page):
+                        raise AssertionError(f"page {page} of step {flight.plan.step} belongs to nobody")
 
 
 def spec(request_id: str, prompt: tuple[int, ...], **fields: object) -> RequestSpec:

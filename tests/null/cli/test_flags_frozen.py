@@ -11,10 +11,10 @@ from xllm.cli.main import COMMANDS, main, parser_for
 MAX_FLAGS = 60
 
 SETTINGS = """
---model --tokenizer --revision --served-model-name --dtype --quantize --weights-cache --load-format
+--model --tokenizer --revision --served-model-name --dtype --quantize --load-format
 --max-model-len --chat-template --seed --kv-cache-memory-bytes --num-pages --kv-cache-dtype
 --enable-prefix-caching --max-num-seqs --max-num-batched-tokens --enable-chunked-prefill
---scheduling-policy --max-num-queued-reqs --logits-processors --platform --num-threads --programs
+--scheduling-policy --async-scheduling --max-num-queued-reqs --logits-processors --platform --num-threads --programs
 --cpus --config
 """.split()
 

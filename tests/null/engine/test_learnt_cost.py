@@ -20,18 +20,30 @@ TRUE = StepCost((2.0, 0.1, 0.0005, 0.3, 0.0002))
 class TimedExecutor:
     """Computes on the null device and says that it took what the work costs, row by row."""
 
+    depth = 1
+
     def __init__(self, inner: InProcExecutor) -> None:
         self._inner = inner
+        self._ms = 0.0
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> None:
         c0, c1, c2, c3, c4 = TRUE.coefficients
-        ms = c0
+        self._ms = c0
         for entry in plan.sequences:
             if len(entry.tokens) == 1 and entry.sample is not None:
-                ms += c3 + c4 * (entry.start + 1)
+                self._ms += c3 + c4 * (entry.start + 1)
             else:
-                ms += sum(c1 + c2 * (entry.start + row + 1) for row in range(len(entry.tokens)))
-        return msgspec.structs.replace(self._inner.execute(plan), elapsed_ms=ms)
+                self._ms += sum(c1 + c2 * (entry.start + row + 1) for row in range(len(entry.tokens)))
+        self._inner.submit(plan)
+
+    def collect(self) -> StepResult:
+        return msgspec.structs.replace(self._inner.collect(), elapsed_ms=self._ms)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        return self._inner.execute(plan)
+
+    def close(self) -> None:
+        self._inner.close()
 
 
 def run_some(core: EngineCore, seed: int = 1) -> None:

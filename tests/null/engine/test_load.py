@@ -10,8 +10,7 @@ from xllm.testing.null_engine import NullEngine, null_engine, spec
 
 
 def check(engine: NullEngine) -> None:
-    scheduler = engine.core.scheduler
-    sequences = [*scheduler._waiting, *scheduler._running]
+    sequences = engine.core.scheduler.sequences
     behind = [s for s in sequences if s.behind > 1]
     decoding = [s for s in sequences if s.behind <= 1]
     told = engine.core.snapshot()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from xllm.config import SchedulerConfig
+from xllm.engine.plan import StepResult
 from xllm.engine.scheduler.order import create_order
 from xllm.errors import CapacityError, ConfigError, RequestError
 from xllm.testing.null_engine import FULL, WINDOW, null_engine, outputs, spec
@@ -15,7 +16,11 @@ PROMPT = tuple(range(10, 210))
 
 
 def plan_of(engine):
-    return engine.core.scheduler.plan(0.0)
+    """The next step, without running it."""
+    plan = engine.core.scheduler.plan(0.0)
+    if plan is not None:
+        engine.core.scheduler.absorb(plan, StepResult(step=plan.step, sequences=(), dropped=True))
+    return plan
 
 
 def test_a_long_prompt_is_computed_in_chunks_of_the_budget() -> None:
@@ -23,7 +28,7 @@ def test_a_long_prompt_is_computed_in_chunks_of_the_budget() -> None:
     engine.core.submit(spec("a", PROMPT, max_tokens=2))
     rows = []
     while engine.core.has_requests:
-        plan = plan_of(engine)
+        plan = engine.core.scheduler.plan(0.0)
         rows.append(plan.num_rows)
         engine.core.scheduler.absorb(plan, engine.runner.execute(plan))
         engine.core.scheduler.committed("a", 0, 100)
@@ -171,7 +176,7 @@ def test_a_step_that_raises_fails_only_the_culprit() -> None:
     engine = null_engine()
     for name in ("good", "bad", "fine"):
         engine.core.submit(spec(name, PROMPT, max_tokens=5))
-    culprit = engine.core.scheduler.plan(0.0).sequences[1].seq_id
+    culprit = plan_of(engine).sequences[1].seq_id
     engine.core.scheduler.preempt_all()
 
     def fault(entry) -> None:

@@ -80,6 +80,7 @@ schedules = st.fixed_dictionaries(
         "budget": st.sampled_from([16, 64, 512]),
         "policy": st.sampled_from(["fcfs", "priority"]),
         "caching": st.booleans(),
+        "lookahead": st.booleans(),
     }
 )
 
@@ -90,12 +91,18 @@ def test_every_accepted_request_ends_once_with_its_own_tokens(case) -> None:
     check_schedule(**case)
 
 
-def check_schedule(schedule, num_pages: int, budget: int, policy: str, caching: bool) -> None:
+def check_schedule(
+    schedule, num_pages: int, budget: int, policy: str, caching: bool, lookahead: bool = False
+) -> None:
     config = SchedulerConfig(
         max_num_seqs=4, max_num_batched_tokens=budget, scheduling_policy=policy, max_num_queued_reqs=6
     )
     engine = null_engine(
-        num_pages=num_pages, groups=(FULL, WINDOW), config=config, enable_prefix_caching=caching
+        num_pages=num_pages,
+        groups=(FULL, WINDOW),
+        config=config,
+        enable_prefix_caching=caching,
+        lookahead=lookahead,
     )
     accepted: dict[str, Job] = {}
     failing: set[str] = set()
@@ -103,7 +110,8 @@ def check_schedule(schedule, num_pages: int, budget: int, policy: str, caching: 
     frames = []
 
     def fault(entry) -> None:
-        if engine.core.scheduler.origin_of(entry.seq_id)[0] in failing:
+        origin = engine.core.scheduler.origin_of(entry.seq_id)  # None: it ended while its rows were under way
+        if origin is not None and origin[0] in failing:
             raise RuntimeError("injected")
 
     engine.runner.fault = fault

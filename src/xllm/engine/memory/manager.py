@@ -189,6 +189,10 @@ class PageManager:
                 return False
         return True
 
+    def is_owned(self, group: int, page: int) -> bool:
+        """Is it in somebody's table?"""
+        return self._pools[group].is_owned(page)
+
     def counts(self) -> PoolCounts:
         """Summed over groups."""
         per_pool = [pool.counts() for pool in self._pools]

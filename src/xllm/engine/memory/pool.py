@@ -117,6 +117,9 @@ class PagePool:
             self._num_in_transfer -= 1
             self._put_back(page)
 
+    def is_owned(self, page: int) -> bool:
+        return self._refs[page] > 0
+
     def is_shared(self, page: int) -> bool:
         """Does it have several owners?"""
         return self._refs[page] > 1

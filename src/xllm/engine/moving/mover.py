@@ -1,6 +1,7 @@
 """The step thread's hand-over: messages of fronts and events of the transfers to the side that they concern.
 
 Owned by the engine core, which says when a step begins and ends. Without transfers every Move is refused.
+Everything here thinks of one step at a time, so it first waits for the one that is under way.
 """
 
 from __future__ import annotations
@@ -28,14 +29,22 @@ from xllm.wire.messages import Fetch, Move, Moved
 
 
 class Mover:
-    """`settle` carries out the page copies that are due. Time is an argument."""
+    """`settle` carries out the page copies that are due; `quiesce` waits until no step is under way. Time is
+    an argument."""
 
     def __init__(
-        self, scheduler: Scheduler, memory: PageManager, transfers: Transfers, settle: Callable[[], None]
+        self,
+        scheduler: Scheduler,
+        memory: PageManager,
+        transfers: Transfers,
+        *,
+        settle: Callable[[], None],
+        quiesce: Callable[[], None],
     ) -> None:
         self.counters = MoveCounters()
         self._scheduler = scheduler
         self._transfers = transfers
+        self._quiesce = quiesce
         self._sender = Sender(scheduler, memory.leases, transfers, self.counters, settle)
         self._receiver = Receiver(scheduler, memory.leases, transfers, self.counters, settle)
 
@@ -43,6 +52,11 @@ class Mover:
     def is_waiting(self) -> bool:
         """Time alone may change something, so `tick` is to be called even where nothing runs."""
         return self._sender.is_waiting or len(self._receiver) > 0
+
+    @property
+    def needs_quiet(self) -> bool:
+        """Pages of a request are on their way out: what a step writes is read while it runs."""
+        return self._sender.is_moving
 
     @property
     def has_pins(self) -> bool:
@@ -54,6 +68,7 @@ class Mover:
         self._receiver.draining = True
 
     def move(self, owner: int, message: Move, now_s: float) -> None:
+        self._quiesce()
         self._sender.move(owner, message, now_s)
 
     def fetch(self, message: Fetch) -> None:
@@ -61,6 +76,7 @@ class Mover:
             self._receiver.fetch(message)
 
     def cancel(self, transfer_id: str) -> None:
+        self._quiesce()
         self._sender.cancel(transfer_id)
         self._receiver.cancel(transfer_id)
 
@@ -68,11 +84,13 @@ class Mover:
         self, request_id: str, owner: int, transfer_id: str, sources: tuple[str, ...], now_s: float
     ) -> None:
         """A request was accepted whose KV comes, or has come, under this name."""
+        self._quiesce()
         request = self._scheduler.find(request_id, owner)
         if request is not None and transfer_id not in self._sender:
             self._receiver.submitted(request, transfer_id, sources, now_s)
 
     def on_event(self, event: TransferEvent, now_s: float) -> None:
+        self._quiesce()
         match event:
             case Offered(transfer_id=transfer_id):
                 if transfer_id in self._sender:
@@ -103,7 +121,9 @@ class Mover:
         self._sender.after_step(rerun)
 
     def tick(self, now_s: float) -> None:
-        """Between steps, before the next is planned."""
+        """Before the next step is planned. What is received touches no page of a step that is under way."""
+        if self._sender.is_moving:
+            self._quiesce()
         self._sender.tick(now_s)
         self._receiver.tick(now_s)
 

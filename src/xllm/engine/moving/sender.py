@@ -77,6 +77,11 @@ class Sender:
         return bool(self._given) or any(not m.released for m in self._moves.values())
 
     @property
+    def is_moving(self) -> bool:
+        """A request may be read, or is held, for its way out."""
+        return any(m.phase is not Phase.DONE and m.phase is not Phase.FAILED for m in self._moves.values())
+
+    @property
     def is_waiting(self) -> bool:
         """Something may be due although no step runs and no event comes."""
         return any(m.phase is not Phase.DONE or m.request.ended for m in self._moves.values())

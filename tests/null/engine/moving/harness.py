@@ -10,7 +10,7 @@ import msgspec
 from xllm.config import SchedulerConfig
 from xllm.engine.kvtransfer.base import Sent, TransferEvent
 from xllm.testing.fake_transfers import Wire
-from xllm.testing.null_engine import FULL, NullEngine, null_engine
+from xllm.testing.null_engine import FULL, NullEngine, check_under_way, null_engine
 from xllm.types import FinishReason, KVGroup, RequestSpec
 from xllm.wire.messages import Frame, Move, Moved
 
@@ -73,6 +73,7 @@ class Pair:
         caching: bool = True,
         num_engines: int = 2,
         early: bool = False,
+        lookahead: bool = False,
     ) -> None:
         """`early`: a success is answered by the transfers' thread, before the step thread knows of it."""
         self.early = early
@@ -85,6 +86,7 @@ class Pair:
                 enable_prefix_caching=caching,
                 wire=self.wire,
                 name=str(i),
+                lookahead=lookahead,
             )
             for i in range(num_engines)
         ]
@@ -170,7 +172,7 @@ class Pair:
     def check_load(engine: NullEngine) -> None:
         """What routers are told equals what a walk over all sequences finds."""
         scheduler = engine.core.scheduler
-        sequences = [*scheduler._waiting, *scheduler._running]
+        sequences = scheduler.sequences
         told = scheduler.snapshot()
         assert told.backlog_tokens == sum(s.behind for s in sequences if s.behind > 1)
         assert told.decode_context == sum(len(s.tokens) for s in sequences if s.behind <= 1)
@@ -187,6 +189,7 @@ class Pair:
                         frame.request_id, frame.choice, frame.offset + len(frame.tokens)
                     )
             engine.memory.check()
+            check_under_way(engine)
             self.check_load(engine)
         self.wire.run(self.pages_per_turn)
         self.hand_on()

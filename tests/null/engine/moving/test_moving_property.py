@@ -51,17 +51,20 @@ def spec_of(name: str, job: dict[str, object]):
     caching=st.booleans(),
     chunk=st.sampled_from([24, 512]),
     num_pages=st.sampled_from([14, 40]),
+    lookahead=st.booleans(),
     first=st.lists(jobs, min_size=1, max_size=4),
     schedule=st.lists(events, min_size=4, max_size=25),
 )
-def test_moves_change_nothing_but_the_place(groups, caching, chunk, num_pages, first, schedule) -> None:
+def test_moves_change_nothing_but_the_place(
+    groups, caching, chunk, num_pages, lookahead, first, schedule
+) -> None:
     shape = {
         "groups": groups,
         "caching": caching,
         "num_pages": num_pages,
         "config": SchedulerConfig(max_num_batched_tokens=chunk, max_num_seqs=6),
     }
-    pair = Pair(**shape)
+    pair = Pair(**shape, lookahead=lookahead)
     names: list[str] = []
     for kind, value in [*(("submit", job) for job in first), *schedule]:
         if kind == "submit" and len(names) < 6:
