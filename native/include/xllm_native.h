@@ -15,11 +15,11 @@ extern "C" {
 
 #define XN_EXPORT __attribute__((visibility("default")))
 
-#define XN_ABI_VERSION 2  // raised with every change of this file
+#define XN_ABI_VERSION 3  // raised with every change of this file
 #define XN_GROUP 32       // inputs that share a scale in the quantised classes
 #define XN_PAGE_SIZE 64   // positions in a KV page
 
-enum { XN_OK = 0, XN_ERR_MEMORY = 1, XN_ERR_ARGUMENT = 2, XN_STOPPED = 3 };
+enum { XN_OK = 0, XN_ERR_MEMORY = 1, XN_ERR_ARGUMENT = 2, XN_STOPPED = 3, XN_ASKS = 4, XN_DROPPED = 5 };
 
 // Values are stored in files: do not renumber.
 enum { XN_BF16 = 1, XN_W8G32 = 2, XN_W4G32 = 3, XN_W8G16 = 4, XN_W8A8 = 5 };
@@ -279,10 +279,11 @@ typedef struct {
 
 // Runs nodes[*position …] and leaves in *position how far it came. XN_STOPPED: called again with the same
 // arguments it goes on there, if step, arena and carry are as it left them. step NULL: a program without
-// inputs of a step, over `rows` rows; else the step's own counts are used. control may be NULL.
+// inputs of a step, over `rows` rows; else the step's own counts are used. control may be NULL, and so may
+// `stamps`, where it tells when (CLOCK_MONOTONIC, ns): in [0] when it began, in [1 + i] when layer i was complete.
 XN_EXPORT int32_t xn_program_run(
     xn_pool* pool, const xn_node* nodes, int64_t num_nodes, const xn_step* step, int64_t rows, uint8_t* arena,
-    uint8_t* carry, xn_control* control, int64_t* position);
+    uint8_t* carry, xn_control* control, int64_t* stamps, int64_t* position);
 
 // ---- sample.cpp ----------------------------------------------------------------------------------------
 
@@ -313,6 +314,73 @@ XN_EXPORT int64_t xn_sample_bytes(const xn_pool* pool, int64_t vocab);  // of a 
 XN_EXPORT int32_t xn_sample(
     xn_pool* pool, const xn_sample_row* rows, int64_t num_rows, int64_t vocab, const uint32_t* choices,
     int64_t* tokens, int32_t* status, void* workspace);
+
+// ---- queue.cpp -----------------------------------------------------------------------------------------
+
+// Runs jobs on a thread of its own, in order, one after the other; two may be under way. While one runs the pool
+// is the queue's, while one rests or none is under way the caller's. All calls from one thread.
+typedef struct xn_queue xn_queue;
+
+typedef struct {
+    uint8_t* to;
+    const uint8_t* from;
+    int64_t bytes;
+} xn_copy;
+
+// The id of the step's row `row` is the token-th of those that the job before has drawn.
+typedef struct {
+    int64_t row, token;
+} xn_pending;
+
+// Logits of some of the rows that yield them, and what is drawn from those. `asks` not 0: the job rests when the
+// logits are there, and the caller draws.
+typedef struct {
+    const xn_node* nodes;  // of a head
+    int64_t num_nodes, num_rows;
+    uint8_t* hidden;  // its rows in the carry
+    const xn_sample_row* draws;
+    int64_t num_draws;
+    int32_t* status;  // of each draw
+    int64_t asks;
+} xn_slice;
+
+// One step. What it points to must stay until it was collected; `tokens`, where the draws of all its slices go,
+// until the job behind it was. A row that fails leaves its tokens as they are, so they begin as ids that may be read.
+typedef struct {
+    const xn_copy* copies;  // made first
+    int64_t num_copies;
+    xn_step* step;
+    const xn_node* nodes;  // of the forward pass; none: only copies
+    int64_t num_nodes;
+    uint8_t* arena;
+    uint8_t* carry;
+    xn_control* control;
+    int64_t* stamps;
+    const xn_pending* pending;
+    int64_t num_pending;
+    const int64_t* drawn;  // `tokens` of the job before
+    int64_t num_drawn;
+    const xn_slice* slices;
+    int64_t num_slices;
+    const uint32_t* choices;  // as in xn_sample
+    int64_t vocab;
+    void* workspace;
+    int64_t* tokens;
+    int64_t began_ns, ended_ns;  // filled
+    int32_t code;                // filled
+    int32_t unused;
+} xn_job;
+
+XN_EXPORT xn_queue* xn_queue_create(xn_pool* pool);  // NULL: no memory, no thread
+// Waits for the end of what runs at the moment; what has not begun is not run.
+XN_EXPORT void xn_queue_destroy(xn_queue* queue);
+// XN_ERR_ARGUMENT if two jobs are under way.
+XN_EXPORT int32_t xn_queue_submit(xn_queue* queue, xn_job* job);
+// Of the oldest job under way: XN_STOPPED (as xn_program_run) or XN_ASKS when it rests until xn_queue_go_on; else
+// it has ended with this code and is no longer under way. XN_DROPPED: not begun, because the one before it failed.
+XN_EXPORT int32_t xn_queue_wait(xn_queue* queue);
+// Lets the job that rests go on, or end with a code other than XN_OK.
+XN_EXPORT int32_t xn_queue_go_on(xn_queue* queue, int32_t code);
 
 #ifdef __cplusplus
 }

@@ -2,6 +2,7 @@
 //
 // The checks that need a step's values are here: ids against the table they select from. Memory is the
 // caller's; a node's places were laid out for at least as many rows as the step has.
+#include "xllm/clock.h"
 #include "xllm/step.h"
 
 namespace {
@@ -90,14 +91,16 @@ bool at_border(xn_control* control, int64_t layer) {
 
 extern "C" int32_t xn_program_run(
     xn_pool* pool, const xn_node* nodes, int64_t num_nodes, const xn_step* step, int64_t rows, uint8_t* arena,
-    uint8_t* carry, xn_control* control, int64_t* position) {
+    uint8_t* carry, xn_control* control, int64_t* stamps, int64_t* position) {
     if (*position < 0 || *position > num_nodes) return XN_ERR_ARGUMENT;
     const int64_t all = step == nullptr ? rows : step->num_rows;
     const Run run{pool, step, {all, step == nullptr ? rows : step->num_logit_rows}, arena, carry};
     if (*position == 0 && control != nullptr) __atomic_store_n(&control->finished_layers, 0, __ATOMIC_RELEASE);
+    if (*position == 0 && stamps != nullptr) stamps[0] = xn::now_ns();
     for (int64_t i = *position; i < num_nodes; i++) {
         const xn_node& node = nodes[i];
         if (node.op == XN_OP_END_LAYER) {
+            if (stamps != nullptr) stamps[1 + node.layer] = xn::now_ns();
             if (control == nullptr || !at_border(control, node.layer)) continue;
             *position = i + 1;
             return XN_STOPPED;

@@ -8,12 +8,15 @@
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <climits>
 #include <new>
+
+#include "xllm/clock.h"
+
+using xn::now_ns;
 
 namespace {
 
@@ -39,12 +42,6 @@ void pause_briefly() {
 #else
     asm volatile("" ::: "memory");
 #endif
-}
-
-int64_t now_ns() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return int64_t{t.tv_sec} * 1'000'000'000 + t.tv_nsec;
 }
 
 // Until `ready()` or the time is up; the clock is read rarely, a read costs as much as a few pauses.

@@ -12,7 +12,7 @@ from xllm.engine.kernels.native.sampling import NativeDrawer
 from xllm.engine.model.layout import kv_layout
 from xllm.engine.model.registry import find_model
 from xllm.engine.model.weights import Tensors, load_weights
-from xllm.engine.runner.runner import ModelRunner
+from xllm.engine.runner.queued import QueuedRunner
 from xllm.engine.sampling import Sampler
 
 
@@ -42,7 +42,7 @@ def make_native_runner(
     programs: bool = True,
     kv_dtype: KVDtype = "bfloat16",
     head_class: WeightClass | None = None,
-) -> ModelRunner:
+) -> QueuedRunner:
     classes = weight_class, head_class or weight_class
     ops = NativeOps(library(isa), num_threads, *classes, keeps_codes, kv_dtype)
     model = find_model(arch.name)
@@ -50,7 +50,9 @@ def make_native_runner(
     ops.probe([weights.layers[0][k] for k in ("qkv", "o", "gate_up", "down")] + [weights.top["head"]])
     layout = kv_layout(arch, kv_dtype)
     sampler = Sampler(drawer=ops.row_drawer())
-    runner = ModelRunner(model, arch, weights, ops, layout, [num_pages] * len(layout.groups), sampler)
+    runner = QueuedRunner(model, arch, weights, ops, layout, [num_pages] * len(layout.groups), sampler)
     if programs:
         runner.record(ops.programs)
+        assert runner.programs is not None
+        runner.use_queue(ops.queue(runner.programs))
     return runner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -184,6 +185,23 @@ def test_a_stop_that_nobody_waits_for_is_taken_back(stoppable) -> None:
     assert_same(stopped_run(runner, None), expected)  # type: ignore[arg-type]
     assert programs_of(runner).control.stop == 0
     assert programs_of(runner).counters.stops == before + 1
+
+
+def test_a_traced_step_tells_when_each_layer_ended(stoppable) -> None:
+    runner, expected = stoppable
+    assert runner.layer_stamps() == ()
+    runner.trace_layers(True)
+    began_ns = time.monotonic_ns()
+    try:
+        assert_same(stopped_run(runner, lambda layers: None), expected)
+        stamps = runner.layer_stamps()
+        assert len(stamps) == 1 + runner._arch.num_layers
+        told = [began_ns, *stamps, time.monotonic_ns()]
+        assert told == sorted(told)
+    finally:
+        runner.trace_layers(False)
+    stopped_run(runner, lambda layers: None)
+    assert runner.layer_stamps() == ()
 
 
 def _unknown_token(driver: Driver, seq: Seq) -> None:

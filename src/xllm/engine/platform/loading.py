@@ -8,13 +8,14 @@ from xllm.arch import ArchConfig
 from xllm.config.schema import EngineConfig
 from xllm.engine.fitting import MemoryPlan
 from xllm.engine.kernels.ops import Backend
-from xllm.engine.kernels.programs import MakePrograms
+from xllm.engine.kernels.programs import MakeJobs, MakePrograms
 from xllm.engine.model.layout import ORDER, kv_layout
 from xllm.engine.model.registry import find_model
 from xllm.engine.model.weights import Kept, load_weights, weight_bytes
 from xllm.engine.platform.base import BuiltRunner, TensorSource
 from xllm.engine.platform.host import trim_heap
 from xllm.engine.runner.kv_size import DTYPE_BYTES
+from xllm.engine.runner.queued import QueuedRunner
 from xllm.engine.runner.runner import ModelRunner
 from xllm.engine.sampling import Sampler
 from xllm.errors import ConfigError
@@ -39,11 +40,13 @@ def load_runner(
     kv_order: str = ORDER,
     kv_dtype: str | None = None,
     make_programs: MakePrograms | None = None,
+    make_jobs: MakeJobs | None = None,
     kept: Kept | None = None,
 ) -> BuiltRunner:
-    """`plan` says how many pages fit. `numerics` and `report` are the platform's own,
-    `kv_order` is how its backend keeps a page, `kv_dtype` in what if not in `dtype`, `make_programs` how
-    it records, if it does, `kept` where it keeps packed weights between starts."""
+    """`plan` says how many pages fit. `numerics` and `report` are the platform's own, `kv_order` is how its
+    backend keeps a page, `kv_dtype` in what if not in `dtype`. `make_programs` is how it records and
+    `make_jobs` how it takes the next step while one runs, if it does. `kept` is where it keeps packed weights
+    between starts."""
     model = find_model(arch.name)
     needed = weight_bytes(model.parameters(arch), DTYPE_BYTES[dtype])
     weights = load_weights(model, arch, tensors, ops, max_model_len, kept)
@@ -55,8 +58,12 @@ def load_runner(
     trim_heap()
     layout = kv_layout(arch, kv_dtype or dtype, kv_order)
     num_pages = (plan.num_pages,) * len(layout.groups)
-    runner = ModelRunner(model, arch, weights, ops, layout, num_pages, sampler, numerics)
+    queues = make_jobs is not None and config.platform.programs != "off"
+    kind = QueuedRunner if queues else ModelRunner
+    runner = kind(model, arch, weights, ops, layout, num_pages, sampler, numerics)
     why_programs = _programs(runner, config, make_programs)
+    if make_jobs is not None and isinstance(runner, QueuedRunner) and runner.programs is not None:
+        runner.use_queue(make_jobs(runner.programs))
     exact = "measured: rows do not depend on their company"
     if not ops.deterministic:
         exact = "no row count was found for which rows are independent of their company"

@@ -128,6 +128,7 @@ class NativePlatform:
             kv_order=KV_ORDER,
             kv_dtype=kv_dtype,
             make_programs=ops.programs,
+            make_jobs=ops.queue,
             kept=kept,
             report=(
                 why_threads,

@@ -6,7 +6,8 @@ Only what every model needs; architecture is in `model`, maths in the backend, d
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,17 +17,15 @@ from xllm.engine.kernels.programs import LoadedModel, MakePrograms, ProgramCount
 from xllm.engine.kvtransfer.memory import KVMemory, of_layers
 from xllm.engine.model.definition import LoadedWeights, ModelDefinition
 from xllm.engine.model.layout import layer_places
-from xllm.engine.plan import ChoiceTokens, SampleOp, SequencePlan, SequenceResult, StepPlan, StepResult
+from xllm.engine.plan import SequencePlan, StepPlan, StepResult
 from xllm.engine.runner.batch import LogitPiece, build_batch, logit_slices, new_pages
-from xllm.engine.sampling import Sampled, Sampler, SampleRow
+from xllm.engine.runner.partial import LogitsTap, Partial, draws_of, show
+from xllm.engine.sampling import Sampler
 from xllm.engine.surviving import SharedPages
 from xllm.errors import ErrorInfo, XllmError
-from xllm.types import KVLayout, TokenLogprobs
+from xllm.types import KVLayout
 
 log = logging.getLogger(__name__)
-
-LogitsTap = Callable[[int, int, F32], None]
-"""(seq_id, position, logits (V,)): sees every row of logits that is computed; for tests."""
 
 _SAMPLING_FAILED = ErrorInfo(
     kind="InternalError", code="internal_error", message="the engine failed to sample this request"
@@ -57,6 +56,7 @@ class ModelRunner:
         groups = tuple(ops.kv_pages(g, n) for g, n in zip(layout.groups, num_pages, strict=True))
         self._kv = KVPages(groups=groups, place=layer_places(layout))
         self._num_forwards = 0
+        self._began_s = self._ended_s = 0.0
         self.programs: StepPrograms | None = None
         self.logits_tap: LogitsTap | None = None
 
@@ -89,6 +89,16 @@ class ModelRunner:
         if self.programs is not None:
             self.programs.forget_layers()
 
+    def trace_layers(self, on: bool) -> None:
+        """Between two steps: tell in `layer_stamps` when layers end, where steps are replayed."""
+        if self.programs is not None:
+            self.programs.trace_layers(on)
+
+    def layer_stamps(self) -> tuple[int, ...]:
+        """Of the last step that was collected or executed: when its forward pass began and when each of its
+        layers was complete, in ns of the monotonic clock; () where nobody told."""
+        return () if self.programs is None else self.programs.layer_stamps
+
     def kv_memory(self, shared: SharedPages | None = None) -> KVMemory | None:
         raw = [self._ops.page_memory(pages) for pages in self._kv.groups]
         known = [pages for pages in raw if pages is not None]
@@ -109,12 +119,18 @@ class ModelRunner:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run the step; raises only what the forward pass itself raises."""
-        results = [_Partial(s) for s in plan.sequences]
+        results = [Partial(s) for s in plan.sequences]
+        self._began_s = self._ended_s = 0.0
         with self._ops.running():
             self._prepare_pages(plan)
             if plan.num_rows:
                 self._forward(plan.sequences, results)
-        return StepResult(step=plan.step, sequences=tuple(r.result() for r in results))
+        return StepResult(
+            step=plan.step,
+            sequences=tuple(r.result() for r in results),
+            began_s=self._began_s,
+            ended_s=self._ended_s,
+        )
 
     def close(self) -> None:
         self.programs = None
@@ -125,16 +141,20 @@ class ModelRunner:
         # Copies first: a source may have changed hands and be somebody's new page in this very step.
         for copy in plan.copies:
             self._ops.copy_page(self._kv.groups[copy.group], copy.src, copy.dst)
+        self._zero_new_pages(plan)
+
+    def _zero_new_pages(self, plan: StepPlan) -> None:
         for g, pages in enumerate(self._kv.groups):
             self._ops.zero_pages(pages, new_pages(plan.sequences, g))
 
-    def _forward(self, sequences: Sequence[SequencePlan], results: Sequence[_Partial]) -> None:
+    def _forward(self, sequences: Sequence[SequencePlan], results: Sequence[Partial]) -> None:
         hidden = self._hidden(sequences)
         first = 0
         for pieces in logit_slices(sequences):
             count = sum(p.count for p in pieces)
             logits = self._logits(hidden, first, count)
             first += count
+            self._ended_s = time.monotonic()
             self._sample(results, pieces, logits)
 
     def _hidden(self, sequences: Sequence[SequencePlan]) -> Buffer:
@@ -142,7 +162,9 @@ class ModelRunner:
         if self.programs is not None:
             replayed = self.programs.forward(sequences)
             if replayed is not None:
+                self._began_s = self.programs.began_s
                 return replayed
+        self._began_s = time.monotonic()
         batch = build_batch(sequences, self._layout, self._arch.num_heads, self._ops)
         return self._model.forward(self._ops, self._arch, self._weights, self._kv, batch)
 
@@ -159,16 +181,14 @@ class ModelRunner:
         logits = self._model.head(self._ops, self._arch, self._weights, taken)
         return self._ops.to_numpy(logits)[:count, : self._arch.vocab_size]
 
-    def _sample(self, results: Sequence[_Partial], pieces: Sequence[LogitPiece], logits: F32) -> None:
+    def _sample(self, results: Sequence[Partial], pieces: Sequence[LogitPiece], logits: F32) -> None:
         """Use a slice of the step's logits; whatever goes wrong in a sequence's part ends that one only."""
-        drawing: list[_Partial] = []
-        rows: list[SampleRow] = []
         end = 0
         for piece in pieces:
             partial = results[piece.index]
             first, end = end, end + piece.count
             if self.logits_tap is not None:
-                _tap(self.logits_tap, partial.sequence, piece, logits[first:end])
+                show(self.logits_tap, partial.sequence, piece, logits[first:end])
             if partial.error is not None:
                 continue
             try:
@@ -178,60 +198,16 @@ class ModelRunner:
             except Exception:
                 log.exception("log-probabilities of sequence %d failed", partial.sequence.seq_id)
                 partial.error = _SAMPLING_FAILED
-            op = partial.op_after(piece)
-            if op is not None and partial.error is None:
-                drawing.append(partial)
-                rows.append(SampleRow(end - 1, op))
-        if not rows:
+        draws = draws_of([p.sequence for p in results], pieces)
+        drawing = [(results[i], row) for i, row in draws if results[i].error is None]
+        if not drawing:
             return
         try:
-            for partial, sampled in zip(drawing, self._sampler.sample_rows(logits, rows), strict=True):
+            outcomes = self._sampler.sample_rows(logits, [row for _, row in drawing])
+            self._ended_s = time.monotonic()
+            for (partial, _), sampled in zip(drawing, outcomes, strict=True):
                 partial.take(sampled)
         except Exception:
             log.exception("sampling of a step failed")
-            for partial in drawing:
+            for partial, _ in drawing:
                 partial.error = _SAMPLING_FAILED
-
-
-def _tap(tap: LogitsTap, sequence: SequencePlan, piece: LogitPiece, logits: F32) -> None:
-    first = sequence.start + sequence.first_logit_row + piece.offset
-    for i, row in enumerate(logits):
-        tap(sequence.seq_id, first + i, row.copy())
-
-
-class _Partial:
-    """A sequence's result while its logits arrive in pieces."""
-
-    __slots__ = ("_choices", "_scored", "error", "sequence")
-
-    def __init__(self, sequence: SequencePlan) -> None:
-        self.sequence = sequence
-        self.error: ErrorInfo | None = None
-        self._choices: tuple[ChoiceTokens, ...] = ()
-        self._scored: list[TokenLogprobs] = []
-
-    def score(self, sampler: Sampler, piece: LogitPiece, logits: F32) -> None:
-        """Log-probabilities of the prompt's tokens, where the plan asks for them."""
-        sequence = self.sequence
-        if sequence.prompt_logprobs is not None:
-            targets = sequence.prompt_targets[piece.offset : piece.offset + piece.count]
-            self._scored.extend(sampler.prompt_logprobs(logits, targets, sequence.prompt_logprobs))
-
-    def op_after(self, piece: LogitPiece) -> SampleOp | None:
-        """What is to be drawn from the last row of this piece."""
-        sequence = self.sequence
-        is_last = sequence.first_logit_row + piece.offset + piece.count == len(sequence.tokens)
-        return sequence.sample if is_last else None
-
-    def take(self, sampled: Sampled) -> None:
-        if isinstance(sampled, XllmError):
-            self.error = sampled.info()
-        else:
-            self._choices = sampled
-
-    def result(self) -> SequenceResult:
-        if self.error is not None:
-            return SequenceResult(seq_id=self.sequence.seq_id, error=self.error)
-        return SequenceResult(
-            seq_id=self.sequence.seq_id, choices=self._choices, prompt_logprobs=tuple(self._scored)
-        )

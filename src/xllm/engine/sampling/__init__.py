@@ -7,7 +7,7 @@ What must not live here: scheduling, stop conditions, text.
 from xllm.engine.sampling.constraints import needs_history
 from xllm.engine.sampling.drawing import RowDrawer, SampleRow
 from xllm.engine.sampling.processors import LogitsProcessor, load_processors
-from xllm.engine.sampling.sampler import Sampled, Sampler
+from xllm.engine.sampling.sampler import Sampled, Sampler, plainly
 
 __all__ = [
     "LogitsProcessor",
@@ -17,4 +17,5 @@ __all__ = [
     "Sampler",
     "load_processors",
     "needs_history",
+    "plainly",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from xllm.engine.plan import SampleOp
-from xllm.engine.sampling.arrays import F32, I64
+from xllm.engine.sampling.arrays import F32, I64, U32
 from xllm.errors import RequestError
 from xllm.types import SamplingParams
 
@@ -49,6 +49,8 @@ class Constraints:
         self._bad_sequences = tuple((w[:-1], w[-1]) for w in words if len(w) > 1)
         _ids("bad_words_token_ids", (last for _, last in self._bad_sequences), width)
         self._penalties = has_penalties(params)
+        self._bits: U32 | None = None
+        self._bits_banned: tuple[int, ...] = ()
         self._prompt: tuple[int, ...] | None = None
         self._prompt_ids = np.empty(0, dtype=np.int64)
 
@@ -58,6 +60,24 @@ class Constraints:
         return bool(
             op.banned or p.logit_bias or p.bad_words_token_ids or self._allowed is not None or self._penalties
         )
+
+    @property
+    def are_masks(self) -> bool:
+        """Whether `bits` says all of it: nothing here depends on a history or changes what is not masked."""
+        return not (self._bias_ids.size or self._penalties or self._bad_sequences)
+
+    def bits(self, op: SampleOp) -> U32 | None:
+        """`mask` as `SampleRow.allowed`; None = all tokens may be drawn. Only where these `are_masks`."""
+        if not self.touches(op):
+            return None
+        if self._bits is None or self._bits_banned != op.banned:
+            x = np.zeros(self.width, dtype=np.float32)
+            self.mask(x, op)
+            padded = np.zeros(-(-self.width // 32) * 32, dtype=np.uint8)
+            padded[: self.width] = x == 0.0
+            self._bits = np.packbits(padded, bitorder="little").view("<u4").astype(np.uint32, copy=False)
+            self._bits_banned = op.banned
+        return self._bits
 
     def add_bias(self, x: F32) -> None:
         if self._bias_ids.size:

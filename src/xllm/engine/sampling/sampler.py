@@ -83,6 +83,25 @@ class Sampler:
             for i, (row, tokens) in enumerate(zip(rows, drawn, strict=True))
         ]
 
+    def plain_rows(self, rows: Sequence[SampleRow], width: int) -> list[SampleRow] | None:
+        """The rows with all that they ask for as masks, so that a drawer alone can finish them.
+
+        None where it takes more: processors, bias, penalties, bad words of several tokens, log-probabilities.
+        """
+        if self._processors:
+            return None
+        plain: list[SampleRow] = []
+        try:
+            for row in rows:
+                constraints = self._constraints_of(row.op.params, width)
+                if row.op.params.logprobs is not None or not constraints.are_masks or row.allowed is not None:
+                    return None
+                bits = constraints.bits(row.op)
+                plain.append(row if bits is None else row._replace(allowed=bits))
+        except XllmError:
+            return None  # that row's error, and `sample_rows` tells it
+        return plain
+
     def prompt_logprobs(self, logits: F32, targets: tuple[int, ...], k: int) -> tuple[TokenLogprobs, ...]:
         """Row i of `logits` (R, V) scores targets[i], with the k most likely tokens; R ≥ len(targets)."""
         if len(targets) > len(logits):
@@ -117,12 +136,17 @@ class Sampler:
         return found
 
 
-def _sampled(logits: F32, row: SampleRow, drawn: Drawn) -> Sampled:
+def plainly(op: SampleOp, drawn: Drawn) -> Sampled:
+    """What became of a row that asks for no log-probabilities."""
     if isinstance(drawn, XllmError):
         return drawn
+    return tuple([ChoiceTokens(c, (SampledToken(t),)) for c, t in zip(op.choices, drawn, strict=True)])
+
+
+def _sampled(logits: F32, row: SampleRow, drawn: Drawn) -> Sampled:
     op = row.op
-    if op.params.logprobs is None:
-        return tuple([ChoiceTokens(c, (SampledToken(t),)) for c, t in zip(op.choices, drawn, strict=True)])
+    if isinstance(drawn, XllmError) or op.params.logprobs is None:
+        return plainly(op, drawn)
     table = RowLogprobs(logits[row.logit_row], op.params.logprobs)
     return tuple(
         [ChoiceTokens(c, (SampledToken(t, table.of(t)),)) for c, t in zip(op.choices, drawn, strict=True)]

@@ -13,10 +13,14 @@ from typing import Any
 from xllm.engine.kernels.native.isa import cpu_flags, find_library, usable
 from xllm.errors import InternalError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ERROR_MEMORY = 1
 STOPPED = 3
 """No error: a program came to the end of a layer and was asked to stop there."""
+ASKS = 4
+"""No error: a job's logits are there, and the caller draws from them."""
+DROPPED = 5
+"""A job was not begun, because the one before it failed."""
 
 CLASS_NAMES = {1: "bf16", 2: "w8g32", 3: "w4g32", 4: "w8g16", 5: "w8a8"}
 
@@ -66,7 +70,12 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "xn_step_create": (_P, (_P, _L)),
     "xn_step_destroy": (None, (_P,)),
     "xn_step_set": (_I, (_P, _P, _L, _L)),
-    "xn_program_run": (_I, (_P, _P, _L, _P, _L, _P, _P, _P, _P)),
+    "xn_program_run": (_I, (_P, _P, _L, _P, _L, _P, _P, _P, _P, _P)),
+    "xn_queue_create": (_P, (_P,)),
+    "xn_queue_destroy": (None, (_P,)),
+    "xn_queue_submit": (_I, (_P, _P)),
+    "xn_queue_wait": (_I, (_P,)),
+    "xn_queue_go_on": (_I, (_P, _I)),
     "xn_sample_bytes": (_L, (_P, _L)),
     "xn_sample": (_I, (_P, _P, _L, _L, _P, _P, _P, _P)),
 }

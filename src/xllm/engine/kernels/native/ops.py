@@ -30,10 +30,11 @@ from xllm.engine.kernels.native.library import check
 from xllm.engine.kernels.native.packing import Packer, WeightClass
 from xllm.engine.kernels.native.plan import make_plan
 from xllm.engine.kernels.native.programs import Programs
+from xllm.engine.kernels.native.queue import NativeQueue
 from xllm.engine.kernels.native.recording import record_forward, record_head
 from xllm.engine.kernels.native.sampling import NativeDrawer
 from xllm.engine.kernels.ops import F32, I64, Buffer, KVSpan, RopeTable
-from xllm.engine.kernels.programs import LoadedModel
+from xllm.engine.kernels.programs import LoadedModel, StepPrograms
 from xllm.errors import InternalError
 from xllm.types import KVGroup
 
@@ -220,6 +221,12 @@ class NativeOps:
         forward = record_forward(model.forward, model.pages)
         head = record_head(model.head, forward.result.width)
         return Programs(self._lib, self._pool, forward, head, layers, model.num_heads, owner=self)
+
+    def queue(self, programs: StepPrograms) -> NativeQueue:
+        """Of steps of these programs. Its thread inherits how the caller's is scheduled."""
+        if not isinstance(programs, Programs):
+            raise TypeError("programs of another backend")
+        return NativeQueue(programs)
 
     # Operations of a model.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import time
 import weakref
 from array import array
 from bisect import bisect_left
@@ -20,7 +21,8 @@ from xllm.engine.kernels.native.fusion import fuse
 from xllm.engine.kernels.native.handles import Array, Matrix, Pages, Rows, aligned
 from xllm.engine.kernels.native.library import STOPPED, check
 from xllm.engine.kernels.native.program import Program
-from xllm.engine.kernels.native.recording import Recording, Value
+from xllm.engine.kernels.native.recording import Op, Recording, Value
+from xllm.engine.kernels.native.structs import ControlStruct, KVGroupStruct, group_struct
 from xllm.engine.kernels.ops import F32, Buffer
 from xllm.engine.kernels.programs import ProgramCounters
 from xllm.engine.plan import SequencePlan
@@ -34,30 +36,6 @@ StopHook = Callable[[int], None]
 """Called with the number of finished layers when a step has stopped; when it returns, the step goes on."""
 
 
-class ControlStruct(ctypes.Structure):
-    """`xn_control`."""
-
-    _fields_ = (
-        ("finished_layers", ctypes.c_int32),
-        ("_1", ctypes.c_int32 * 15),
-        ("stop", ctypes.c_int32),
-        ("stop_after", ctypes.c_int32),
-        ("_2", ctypes.c_int32 * 14),
-    )
-
-
-class KVGroupStruct(ctypes.Structure):
-    """`xn_kv_group`."""
-
-    _fields_ = (
-        ("pages", ctypes.c_void_p),
-        *((n, ctypes.c_int64) for n in (
-            "num_pages", "num_heads", "num_kv_heads", "head_dim", "num_layers", "window",
-            "kv_class",
-        )),
-    )  # fmt: skip
-
-
 class Memory:
     """Bytes with a cached address that grow by need; growing loses the content."""
 
@@ -67,17 +45,15 @@ class Memory:
         self.array: Array = aligned(0, np.uint8)
         self.ptr = 0
 
-    def fit(self, num_bytes: int) -> bool:
-        """Whether it had to grow."""
-        if num_bytes <= len(self.array):
-            return False
-        self.array = aligned(num_bytes, np.uint8)
-        self.ptr = self.array.ctypes.data
-        return True
+    def fit(self, num_bytes: int) -> None:
+        """Whoever still uses what was there holds the array."""
+        if num_bytes > len(self.array):
+            self.array = aligned(num_bytes, np.uint8)
+            self.ptr = self.array.ctypes.data
 
 
 class Programs:
-    """Used by the step thread; `control` may be read and written by any other."""
+    """Used by the step thread, and by the queue over them; `control` may be read and written by any other."""
 
     def __init__(
         self,
@@ -92,27 +68,28 @@ class Programs:
         """`layers`: the KV groups and their pages. `owner` is kept alive: it may own the pool."""
         if head.source is None:
             raise InternalError("the recording of a head has no source")
-        self._lib, self._pool, self._owner = library, pool, owner
+        self.library, self.pool, self._owner = library, pool, owner
         self._forward, self._head = _fused(library, forward), _fused(library, head)
         self._hidden: Value = forward.result
         self._source: Value = head.source
-        self._num_groups = len(layers)
-        self._pages = [pages for _, pages in layers]
-        structs = (KVGroupStruct * len(layers))(*(_struct(g, p, num_heads) for g, p in layers))
-        self._step: int | None = library.xn_step_create(ctypes.addressof(structs), len(layers))
-        if self._step is None:
-            raise InternalError("the native kernels could not make a step")
-        weakref.finalize(self, library.xn_step_destroy, self._step)
+        self.pages = [pages for _, pages in layers]
+        self._groups = (KVGroupStruct * len(layers))(*(group_struct(g, p, num_heads) for g, p in layers))
+        self._step = self.new_step()
         # Shared and not copied, so that a child or another process can be given the same words.
         self._words = mmap.mmap(-1, mmap.PAGESIZE)
         self.control = ControlStruct.from_buffer(self._words)
         self._control_ptr = ctypes.addressof(self.control)
         self._position = ctypes.c_int64()
         self._position_ptr = ctypes.addressof(self._position)
-        self._arena, self._carry = Memory(), Memory()
+        self.arena, self.carry = Memory(), Memory()
         self._steps: dict[int, Program] = {}
-        self._heads: dict[int, tuple[Program, F32]] = {}
+        self._heads: dict[int, Program] = {}
         self._replays = self._eager = self._stops = 0
+        self._num_layers = max((1 + n.layer for n in forward.nodes if n.op is Op.END_LAYER), default=0)
+        self._traced = False
+        self._stamps: Any = None
+        self.began_s = 0.0
+        self.layer_stamps: tuple[int, ...] = ()
         self.on_stop: StopHook | None = None
 
     @property
@@ -123,6 +100,15 @@ class Programs:
         """Between two steps: the word speaks of none."""
         self.control.finished_layers = 0
 
+    def trace_layers(self, on: bool) -> None:
+        self._traced = on
+        self._stamps = self.new_stamps()
+        self.layer_stamps = ()
+
+    def new_stamps(self) -> Any:
+        """Room for one step's; None unless they are asked for."""
+        return (ctypes.c_int64 * (1 + self._num_layers))() if self._traced else None
+
     @property
     def counters(self) -> ProgramCounters:
         return ProgramCounters(
@@ -130,7 +116,7 @@ class Programs:
             replays=self._replays,
             eager=self._eager,
             stops=self._stops,
-            arena_bytes=len(self._arena.array) + len(self._carry.array),
+            arena_bytes=len(self.arena.array) + len(self.carry.array),
             row_buckets=tuple(sorted(self._steps)),
             logit_buckets=tuple(sorted(self._heads)),
             operations=len(self._forward.nodes) + len(self._head.nodes),
@@ -138,70 +124,95 @@ class Programs:
         )
 
     def forward(self, sequences: Sequence[SequencePlan]) -> Buffer | None:
-        words, num_rows, num_logit_rows = flatten(sequences, self._num_groups)
-        if num_rows > BUCKETS[-1]:
+        words, num_rows, num_logit_rows = flatten(sequences, len(self.pages))
+        program = self.step_program(num_rows)
+        if program is None:
             self._eager += 1
             return None
-        program = self._step_program(num_rows)
-        self._carry.fit(num_logit_rows * self._hidden.row_bytes)
+        self.carry.fit(num_logit_rows * self.hidden_bytes)
         address, count = words.buffer_info()
-        check(self._lib.xn_step_set(self._step, address, count, len(sequences)))
-        self._run(program, self._step, 0, self._carry.ptr)
+        check(self.library.xn_step_set(self._step, address, count, len(sequences)))
+        self.began_s = time.monotonic()
+        self._run(program, self._step, 0, self.carry.ptr)
+        if self._stamps is not None:
+            self.layer_stamps = tuple(self._stamps)
         width = self._hidden.width
-        return Buffer(Rows(self._carry.ptr, num_logit_rows, width, width, self._carry.array, None))
+        return Buffer(Rows(self.carry.ptr, num_logit_rows, width, width, self.carry.array, None))
 
     def head(self, hidden: Buffer, first: int, count: int) -> F32 | None:
         if not isinstance(hidden, Rows) or hidden.ld != self._source.width or count > BUCKETS[-1]:
             return None
         if not 0 <= first <= first + count <= hidden.rows:
             raise InternalError("rows beyond those that yield logits")
-        program, logits = self._head_program(count)
+        program = self.head_program(count)
         self._run(program, None, count, hidden.ptr + first * self._source.row_bytes)
-        return logits[:count]
+        return self.logits_of(program)[:count]
+
+    # What a queue of steps needs beside.
+
+    def new_step(self) -> int:
+        """An `xn_step` that lives as long as these programs."""
+        step: int | None = self.library.xn_step_create(ctypes.addressof(self._groups), len(self._groups))
+        if step is None:
+            raise InternalError("the native kernels could not make a step")
+        weakref.finalize(self, self.library.xn_step_destroy, step)
+        return step
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Of a row in the carry."""
+        return self._hidden.row_bytes
+
+    def count_replays(self, count: int) -> None:
+        self._replays += count
+
+    def stopped(self) -> None:
+        """A program has stopped at a border; when this returns, it goes on."""
+        self._stops += 1
+        if self.on_stop is None:
+            # Nobody waits for the machine: whoever asked has gone.
+            self.control.stop = 0
+        else:
+            self.on_stop(self.control.finished_layers)
 
     def _run(self, program: Program, step: int | None, rows: int, carry: int) -> None:
         self._position.value = 0
         self._replays += 1
         while True:
-            code = self._lib.xn_program_run(
-                self._pool, program.ptr, program.num_nodes, step, rows, self._arena.ptr, carry,
-                self._control_ptr if step is not None else None, self._position_ptr,
+            code = self.library.xn_program_run(
+                self.pool, program.ptr, program.num_nodes, step, rows, self.arena.ptr, carry,
+                self._control_ptr if step is not None else None, self._stamps if step is not None else None,
+                self._position_ptr,
             )  # fmt: skip
             if code != STOPPED:
                 check(code)
                 return
-            self._stops += 1
-            if self.on_stop is None:
-                # Nobody waits for the machine: whoever asked has gone.
-                self.control.stop = 0
-            else:
-                self.on_stop(self.control.finished_layers)
+            self.stopped()
 
-    def _step_program(self, rows: int) -> Program:
+    def step_program(self, rows: int) -> Program | None:
+        """None = beyond every bucket. A new program may make the arena grow."""
+        if rows > BUCKETS[-1]:
+            return None
         bucket = BUCKETS[bisect_left(BUCKETS, rows)]
         program = self._steps.get(bucket)
         if program is None:
             program = self._steps[bucket] = Program(self._forward, bucket, self._hidden)
-            self._grow(program)
+            self.arena.fit(program.arena_bytes)
         return program
 
-    def _head_program(self, rows: int) -> tuple[Program, F32]:
+    def head_program(self, rows: int) -> Program:
+        """As above; at most as many rows as the last bucket has."""
         bucket = BUCKETS[bisect_left(BUCKETS, rows)]
-        found = self._heads.get(bucket)
-        if found is None:
-            program = Program(self._head, bucket, self._source)
-            self._grow(program)
-            found = self._heads[bucket] = (program, self._logits(program))
-        return found
+        program = self._heads.get(bucket)
+        if program is None:
+            program = self._heads[bucket] = Program(self._head, bucket, self._source)
+            self.arena.fit(program.arena_bytes)
+        return program
 
-    def _grow(self, program: Program) -> None:
-        if self._arena.fit(program.arena_bytes):
-            self._heads = {b: (p, self._logits(p)) for b, (p, _) in self._heads.items()}
-
-    def _logits(self, program: Program) -> F32:
-        """What a head's program leaves in the arena, as an array."""
+    def logits_of(self, program: Program) -> F32:
+        """What a head's program leaves in the arena, as an array; valid until the arena grows."""
         size = program.max_rows * program.width
-        flat = self._arena.array[program.result_at : program.result_at + 4 * size].view(np.float32)
+        flat = self.arena.array[program.result_at : program.result_at + 4 * size].view(np.float32)
         return flat.reshape(program.max_rows, program.width)
 
 
@@ -230,16 +241,3 @@ def _fused(library: ctypes.CDLL, recording: Recording) -> Recording:
         return int(library.xn_rounded_stride(matrix.ptr))
 
     return fuse(recording, stride)
-
-
-def _struct(group: KVGroup, pages: Pages, num_heads: int) -> Any:
-    return KVGroupStruct(
-        pages=pages.ptr,
-        num_pages=len(pages.array),
-        num_heads=num_heads,
-        num_kv_heads=group.num_kv_heads,
-        head_dim=group.head_dim,
-        num_layers=len(group.layers),
-        window=group.window or 0,
-        kv_class=pages.kv_class,
-    )

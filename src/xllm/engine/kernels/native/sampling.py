@@ -47,35 +47,16 @@ class NativeDrawer:
         width = logits.shape[1]
         if width != self._width:
             self._make_room(width)
-        base, stride, pack = logits.ctypes.data, logits.strides[0], _ROW.pack
-        specs: list[bytes] = []
-        choices: list[int] = []
-        for i, (logit_row, op, allowed) in enumerate(rows):
-            p = op.params
-            specs.append(
-                pack(
-                    _address(shaped[i]) if i in shaped else base + logit_row * stride,
-                    0 if allowed is None else _mask_address(allowed, width),
-                    op.seed & _MASK_64,
-                    p.top_p,
-                    p.min_p,
-                    0.0 if p.temperature < GREEDY_BELOW else p.temperature,
-                    p.top_k if p.top_k < _MAX_TOP_K else _MAX_TOP_K,
-                    op.offset,
-                    len(op.choices),
-                    len(choices),
-                )
-            )
-            choices += op.choices
+        specs, choices = encode_rows(logits.ctypes.data, logits.strides[0], width, rows, shaped)
         count, num_choices = len(rows), len(choices)
         tokens, status = (ctypes.c_int64 * num_choices)(), (ctypes.c_int32 * count)()
         check(
             self._lib.xn_sample(
-                self._pool, b"".join(specs), count, width, struct.pack(f"{num_choices}I", *choices), tokens,
+                self._pool, specs, count, width, struct.pack(f"{num_choices}I", *choices), tokens,
                 status, self._workspace_ptr,
             )
         )  # fmt: skip
-        return _outcomes(rows, tokens[:], status[:])
+        return outcomes(rows, tokens[:], status[:])
 
     def _make_room(self, width: int) -> None:
         self._workspace = np.empty(self._lib.xn_sample_bytes(self._pool, width), dtype=np.uint8)
@@ -83,7 +64,37 @@ class NativeDrawer:
         self._width = width
 
 
-def _outcomes(rows: Sequence[SampleRow], tokens: list[int], status: list[int]) -> list[Drawn]:
+def encode_rows(
+    base: int, stride: int, width: int, rows: Sequence[SampleRow], shaped: Mapping[int, F32], first: int = 0
+) -> tuple[bytes, list[int]]:
+    """(`xn_sample_row` of each, their choices), over logits at `base` with `stride` bytes between rows.
+
+    `first` choices of others come before. Masks and shaped rows are pointed to: the caller holds them.
+    """
+    pack = _ROW.pack
+    specs: list[bytes] = []
+    choices: list[int] = []
+    for i, (logit_row, op, allowed) in enumerate(rows):
+        p = op.params
+        specs.append(
+            pack(
+                _address(shaped[i]) if i in shaped else base + logit_row * stride,
+                0 if allowed is None else _mask_address(allowed, width),
+                op.seed & _MASK_64,
+                p.top_p,
+                p.min_p,
+                0.0 if p.temperature < GREEDY_BELOW else p.temperature,
+                p.top_k if p.top_k < _MAX_TOP_K else _MAX_TOP_K,
+                op.offset,
+                len(op.choices),
+                first + len(choices),
+            )
+        )
+        choices += op.choices
+    return b"".join(specs), choices
+
+
+def outcomes(rows: Sequence[SampleRow], tokens: list[int], status: list[int]) -> list[Drawn]:
     found: list[Drawn] = []
     first = 0
     for row, code in zip(rows, status, strict=True):
