@@ -67,7 +67,7 @@ async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> Async
     report = StartupReport(clock)
     usage = open_usage_store(server_config.usage_db)
     recorder = UsageRecorder(usage, clock, front_id=new_request_id())
-    metrics, desk = open_desk(loaded, clock, recorder)
+    metrics, desk, profiler = open_desk(loaded, clock, recorder)
     service = await LocalService.start(
         [engine_config] * len(roles),
         front_config,
@@ -81,7 +81,15 @@ async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> Async
     try:
         engine, *_ = service.engines
         say(report.stage("first engine and front together"))
-        app = create_app(service.front, server_config, clock=clock, metrics=metrics, desk=desk, usage=usage)
+        app = create_app(
+            service.front,
+            server_config,
+            clock=clock,
+            metrics=metrics,
+            desk=desk,
+            usage=usage,
+            profiler=profiler,
+        )
         server = HttpServer(app, server_config)
         await server.start()
         say(report.stage("HTTP"))

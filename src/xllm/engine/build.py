@@ -26,9 +26,10 @@ from xllm.engine.kvtransfer.memory import KVMemory
 from xllm.engine.kvtransfer.opening import open_plane, pages_for_peers
 from xllm.engine.kvtransfer.plane import DataPlane
 from xllm.engine.memory.manager import PageManager
-from xllm.engine.platform.base import KeepsPages, PlansMemory, Runner, StepQueue
+from xllm.engine.platform.base import KeepsPages, PlansMemory, Runner, StepQueue, TellsLayers
 from xllm.engine.platform.host import bind_to_cpus
 from xllm.engine.platform.registry import select_platform
+from xllm.engine.profiling import EngineProfile
 from xllm.engine.progress import StepProgress
 from xllm.engine.runner.kv_size import page_bytes_of
 from xllm.engine.sampling import Sampler, load_processors
@@ -126,6 +127,7 @@ def build_engine(
         clock,
         lambda: runner.program_counters,
         progress=StepProgress(lambda: runner.finished_layers),
+        profile=_profile(runner, clock),
     )
     kept: tuple[str, ...] = ()
     if shared is not None and shared.lasting and shared.groups:
@@ -139,6 +141,12 @@ def build_engine(
         report=(*reasons, why_len, *built.report, why_ahead, *kept),
         pages=runner.kv_memory(shared),
     )
+
+
+def _profile(runner: Runner, clock: Clock) -> EngineProfile:
+    if isinstance(runner, TellsLayers):
+        return EngineProfile(clock, runner.trace_layers, runner.layer_stamps)
+    return EngineProfile(clock)
 
 
 def plan_memory(config: EngineConfig) -> MemoryPlan | None:

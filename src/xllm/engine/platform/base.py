@@ -100,6 +100,18 @@ class StepQueue(Protocol):
         plan behind it is not run: its `collect` gives a dropped result."""
 
 
+@runtime_checkable
+class TellsLayers(Protocol):
+    """What a runner may offer beyond `execute`: when the layers of a step ended."""
+
+    def trace_layers(self, on: bool) -> None:
+        """Between two steps."""
+
+    def layer_stamps(self) -> tuple[int, ...]:
+        """Of the last step collected: when it began and when each layer was complete, in ns of the monotonic
+        clock; () where nobody told."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltRunner:
     """`num_pages` per KV group; `report` holds one line per choice, with its reason."""
