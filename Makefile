@@ -16,7 +16,7 @@ TEST_STAMP := $(VENV)/.xllm-test-setup
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test-setup kernels model serve test lint null reference native integration robustness simulate exactness sanitize bench-ttft bench-serve bench-client bench-overhead bench-overload bench-transfer bench-handover bench-load-shift bench-roles bench-faults bench-service bench-routing bench-routing-live bench-peers bench-compare bench-rates bench-step bench-perplexity soak freeze clean
+.PHONY: help setup test-setup kernels model serve test lint null reference native integration robustness simulate exactness sanitize bench-ttft bench-serve bench-client bench-overhead bench-overload bench-transfer bench-handover bench-load-shift bench-roles bench-faults bench-service bench-routing bench-routing-live bench-peers bench-compare bench-rates bench-step bench-perplexity bench-ablation soak soak-edge freeze clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -85,6 +85,9 @@ sanitize: test-setup  ## the native code and its tests under address, undefined-
 soak: test-setup kernels model  ## ten minutes of mixed native load with aborts: memory flat, pages conserved, replays equal
 	@$(BIN)/python -m benchmarks.soak --model $(MODEL) $(ARGS)
 
+soak-edge: test-setup kernels model  ## 30 minutes with pages for one sequence while eight run: no failure, no growth
+	@$(BIN)/python -m benchmarks.soak --edge --model $(MODEL) $(ARGS)
+
 # SEEDS: first:last+1. A failing one is printed with the command that shows it again.
 simulate: test-setup  ## random fault schedules on a virtual clock: 10,000 unless SEEDS says otherwise
 	@$(BIN)/python -m xllm.simulation --seeds $(SEEDS) --jobs 2
@@ -146,6 +149,9 @@ bench-step: test-setup kernels model  ## the native step alone (prefill, decode)
 
 bench-perplexity: test-setup model  ## what each encoding of the weights costs in perplexity
 	@$(BIN)/python -m benchmarks.compare.perplexity --model $(MODEL) --weights-dir $(PEERS)/weights $(ARGS)
+
+bench-ablation: test-setup kernels model  ## every technique off in turn: the same tokens, and what each is worth
+	@$(BIN)/python -m benchmarks.ablation $(ARGS)
 
 freeze: test-setup  ## rewrite constraints.txt from what is installed in .venv
 	@$(BIN)/python tools/freeze.py

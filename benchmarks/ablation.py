@@ -88,7 +88,8 @@ async def load(url: str, model: str, texts: Sequence[str], level: int, output_le
         # Greedy and seeded in turn, so that the sampler is part of what must not change.
         body = {
             "model": model, "prompt": texts[index], "max_tokens": output_len, "ignore_eos": True,
-            "temperature": index % 2 * 0.8, "seed": index, "stream": True, "stream_options": {"include_usage": True},
+            "temperature": index % 2 * 0.8, "seed": index,
+            "stream": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
         async with limit:
             began, first, text = time.monotonic(), None, ""
@@ -175,9 +176,8 @@ def run_model(
 def report(name: str, rows: Sequence[Row], seen: Sequence[Seen], skipped: Mapping[str, str]) -> int:
     """Print the table; how many rows had other tokens than everything on."""
     differ = 0
-    print(
-        f"\n## {name}\n\nrow | requests at once | output tokens/s (spread) | worth | TTFT p50 ms | idle gap µs | tokens"
-    )
+    print(f"\n## {name}\n")
+    print("row | requests at once | output tokens/s (spread) | worth | TTFT p50 ms | idle gap µs | tokens")
     print("--|--|--|--|--|--|--")
     levels = sorted({s.level for s in seen})
     for row in rows:

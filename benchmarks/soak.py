@@ -1,10 +1,12 @@
 """Mixed load with clients that leave, on the native kernels: memory by the minute, pages, replays.
 
     python -m benchmarks.soak --minutes 10
+    python -m benchmarks.soak --edge            (30 minutes at the edge of memory)
 
 Random prompts, lengths, seeds, choices and stop strings; few pages, so that the load lives on preemption
 and eviction. At the end all pages must be accounted for and a sample of the answers, asked for again one
-by one, must come out the same. Exit code 1 when one of the three does not hold.
+by one, must come out the same. Exit code 1 when one of the three does not hold. With `--edge` there are
+pages for one sequence of full length while eight run: preemption never ends.
 """
 
 from __future__ import annotations
@@ -162,8 +164,8 @@ def replay(server: ServerProcess, sample: list[tuple[dict[str, Any], list[str]]]
     return differ
 
 
-def check(args: argparse.Namespace, server: ServerProcess, total: float) -> list[str]:
-    """What did not hold."""
+def check(args: argparse.Namespace, server: ServerProcess, total: float) -> tuple[list[str], dict[str, Any]]:
+    """What did not hold, and the figures."""
     seconds = args.minutes * 60
     # A fifth of the time, so that every buffer has had its largest load before memory is compared.
     asyncio.run(load(server, args.model, seconds / 5, args.seed + 1000, args.clients))
@@ -190,26 +192,43 @@ def check(args: argparse.Namespace, server: ServerProcess, total: float) -> list
         problems.append(f"pages were lost: {left} of {total:.0f}")
     if differ or not sample:
         problems.append("answers depend on company" if differ else "nothing was answered")
-    return problems
+    if args.edge and not server.metric("vllm:num_preemptions_total"):
+        problems.append("nothing was preempted: this was not the edge")
+    figures = {
+        "minutes": args.minutes, "pages": total, "answers": seen.num_ended, "left": seen.num_left,
+        "refused": seen.num_refused, "preemptions": server.metric("vllm:num_preemptions_total"),
+        "rss_mib": [round(before[0], 1), round(after[0], 1)],
+        "pss_mib": [round(before[1], 1), round(after[1], 1)],
+        "growth": round(after[0] / before[0] - 1, 4), "replayed": len(sample), "differ": differ,
+        "failures": problems,
+    }  # fmt: skip
+    return problems, figures
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--edge", action="store_true", help="pages for one sequence only; 30 minutes")
+    parser.add_argument("--minutes", type=float, help="default: 10, or 30 with --edge")
+    parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--replays", type=int, default=60)
-    parser.add_argument("--pages", type=int, default=20)
+    parser.add_argument("--pages", type=int, help="default: 20, or 16 with --edge")
     parser.add_argument("--seed", type=int, default=20_261_123)
     parser.add_argument("--xllm-flags", type=shlex.split, default=[])
     args = parser.parse_args()
+    args.minutes = args.minutes or (30.0 if args.edge else 10.0)
+    args.pages = args.pages or (1024 // 64 if args.edge else 20)
     print(f"command: {shlex.join(['python', '-m', 'benchmarks.soak', *sys.argv[1:]])}")
     print("\n".join(f"{name}: {value}" for name, value in machine.describe().items()), flush=True)
     flags = ["--platform", "native", "--max-model-len", "1024", "--num-pages", str(args.pages)]
     flags += ["--max-num-seqs", "8", "--max-num-queued-reqs", "8", *args.xllm_flags]
     served = ["--served-model-name", args.model] if Path(args.model).exists() else []
     with serve(args.model, *flags, *served) as server:
-        problems = check(args, server, sum(pages(server).values()))
+        problems, figures = check(args, server, sum(pages(server).values()))
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1))
+    print(json.dumps(figures))
     print("ok" if not problems else f"FAILED: {'; '.join(problems)}")
     return 1 if problems else 0
 
