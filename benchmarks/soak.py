@@ -51,13 +51,13 @@ class Seen:
             self.answers[place] = (body, texts)
 
 
-def random_body(rng: random.Random, model: str) -> dict[str, Any]:
+def random_body(rng: random.Random, model: str, most: int = 48) -> dict[str, Any]:
     prompt = " ".join(rng.choices(WORDS, k=rng.choice([3, 20, 120, 300])))
     shared = "You are a careful and friendly assistant who answers in one sentence. " * rng.choice([0, 6])
     body: dict[str, Any] = {
         "model": model,
         "prompt": shared + prompt,
-        "max_tokens": rng.randint(1, 48),
+        "max_tokens": rng.randint(1, most),
         "temperature": rng.choice([0.0, 0.7, 1.0]),
         "seed": rng.randint(0, 2**31),
         "n": rng.choice([1, 1, 1, 2]),
@@ -69,9 +69,11 @@ def random_body(rng: random.Random, model: str) -> dict[str, Any]:
     return body
 
 
-async def client(http: httpx.AsyncClient, rng: random.Random, model: str, until_s: float, seen: Seen) -> None:
+async def client(
+    http: httpx.AsyncClient, rng: random.Random, model: str, until_s: float, seen: Seen, most: int
+) -> None:
     while time.monotonic() < until_s:
-        body = random_body(rng, model)
+        body = random_body(rng, model, most)
         leave_after = rng.randint(0, 10) if rng.random() < 0.2 else None
         texts = await ask(http, body, leave_after)
         if texts is None:
@@ -105,7 +107,10 @@ async def ask(http: httpx.AsyncClient, body: dict[str, Any], leave_after: int | 
     raise RuntimeError("a stream ended without [DONE]")
 
 
-async def load(server: ServerProcess, model: str, seconds: float, seed: int, num_clients: int) -> Seen:
+async def load(
+    server: ServerProcess, model: str, seconds: float, seed: int, num_clients: int, most: int = 48
+) -> Seen:
+    """`most`: output tokens of a choice."""
     seen = Seen()
     limits = httpx.Limits(max_connections=num_clients + 2)
     until_s, began = time.monotonic() + seconds, time.monotonic()
@@ -126,7 +131,7 @@ async def load(server: ServerProcess, model: str, seconds: float, seed: int, num
     ):
         group.create_task(watch())
         for i in range(num_clients):
-            group.create_task(client(http, random.Random(seed + i), model, until_s, seen))
+            group.create_task(client(http, random.Random(seed + i), model, until_s, seen, most))
     return seen
 
 
@@ -168,11 +173,13 @@ def check(args: argparse.Namespace, server: ServerProcess, total: float) -> tupl
     """What did not hold, and the figures."""
     seconds = args.minutes * 60
     # A fifth of the time, so that every buffer has had its largest load before memory is compared.
-    asyncio.run(load(server, args.model, seconds / 5, args.seed + 1000, args.clients))
+    # Answers longer than prompts: sequences are let in while there is room and rob each other as they grow.
+    most = 400 if args.edge else 48
+    asyncio.run(load(server, args.model, seconds / 5, args.seed + 1000, args.clients, most))
     wait_idle(server)
     before = memory_mib(server)
     print(f"warm: RSS {before[0]:.0f} MiB, PSS {before[1]:.0f} MiB")
-    seen = asyncio.run(load(server, args.model, seconds, args.seed, args.clients))
+    seen = asyncio.run(load(server, args.model, seconds, args.seed, args.clients, most))
     wait_idle(server)
     after, left = memory_mib(server), pages(server)
     sample = random.Random(args.seed).sample(seen.answers, min(args.replays, len(seen.answers)))
