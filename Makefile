@@ -92,6 +92,9 @@ sanitize: test-setup  ## the native code and its tests under address, undefined-
 soak: test-setup kernels model  ## ten minutes of mixed native load with aborts: memory flat, pages conserved, replays equal
 	@$(BIN)/python -m benchmarks.soak --model $(MODEL) $(ARGS)
 
+soak-edge: test-setup kernels model  ## 30 minutes with pages for one sequence while eight run: no failure, no growth
+	@$(BIN)/python -m benchmarks.soak --edge --model $(MODEL) $(ARGS)
+
 # SEEDS: first:last+1. A failing one is printed with the command that shows it again.
 simulate: test-setup  ## random fault schedules on a virtual clock: 10,000 unless SEEDS says otherwise
 	@$(BIN)/python -m xllm.simulation --seeds $(SEEDS) --jobs 2
@@ -159,6 +162,9 @@ bench-pipeline: test-setup kernels model  ## idle gap between native steps, exec
 
 bench-perplexity: test-setup model  ## what each encoding of the weights costs in perplexity
 	@$(BIN)/python -m benchmarks.compare.perplexity --model $(MODEL) --weights-dir $(PEERS)/weights $(ARGS)
+
+bench-ablation: test-setup kernels model  ## every technique off in turn: the same tokens, and what each is worth
+	@$(BIN)/python -m benchmarks.ablation $(ARGS)
 
 freeze: test-setup  ## rewrite constraints.txt from what is installed in .venv
 	@$(BIN)/python tools/freeze.py

@@ -1,10 +1,12 @@
 """Mixed load with clients that leave, on the native kernels: memory by the minute, pages, replays.
 
     python -m benchmarks.soak --minutes 10
+    python -m benchmarks.soak --edge            (30 minutes at the edge of memory)
 
 Random prompts, lengths, seeds, choices and stop strings; few pages, so that the load lives on preemption
 and eviction. At the end all pages must be accounted for and a sample of the answers, asked for again one
-by one, must come out the same. Exit code 1 when one of the three does not hold.
+by one, must come out the same. Exit code 1 when one of the three does not hold. With `--edge` there are
+pages for one sequence of full length while eight run: preemption never ends.
 """
 
 from __future__ import annotations
@@ -49,13 +51,13 @@ class Seen:
             self.answers[place] = (body, texts)
 
 
-def random_body(rng: random.Random, model: str) -> dict[str, Any]:
+def random_body(rng: random.Random, model: str, most: int = 48) -> dict[str, Any]:
     prompt = " ".join(rng.choices(WORDS, k=rng.choice([3, 20, 120, 300])))
     shared = "You are a careful and friendly assistant who answers in one sentence. " * rng.choice([0, 6])
     body: dict[str, Any] = {
         "model": model,
         "prompt": shared + prompt,
-        "max_tokens": rng.randint(1, 48),
+        "max_tokens": rng.randint(1, most),
         "temperature": rng.choice([0.0, 0.7, 1.0]),
         "seed": rng.randint(0, 2**31),
         "n": rng.choice([1, 1, 1, 2]),
@@ -67,9 +69,11 @@ def random_body(rng: random.Random, model: str) -> dict[str, Any]:
     return body
 
 
-async def client(http: httpx.AsyncClient, rng: random.Random, model: str, until_s: float, seen: Seen) -> None:
+async def client(
+    http: httpx.AsyncClient, rng: random.Random, model: str, until_s: float, seen: Seen, most: int
+) -> None:
     while time.monotonic() < until_s:
-        body = random_body(rng, model)
+        body = random_body(rng, model, most)
         leave_after = rng.randint(0, 10) if rng.random() < 0.2 else None
         texts = await ask(http, body, leave_after)
         if texts is None:
@@ -103,7 +107,10 @@ async def ask(http: httpx.AsyncClient, body: dict[str, Any], leave_after: int | 
     raise RuntimeError("a stream ended without [DONE]")
 
 
-async def load(server: ServerProcess, model: str, seconds: float, seed: int, num_clients: int) -> Seen:
+async def load(
+    server: ServerProcess, model: str, seconds: float, seed: int, num_clients: int, most: int = 48
+) -> Seen:
+    """`most`: output tokens of a choice."""
     seen = Seen()
     limits = httpx.Limits(max_connections=num_clients + 2)
     until_s, began = time.monotonic() + seconds, time.monotonic()
@@ -124,7 +131,7 @@ async def load(server: ServerProcess, model: str, seconds: float, seed: int, num
     ):
         group.create_task(watch())
         for i in range(num_clients):
-            group.create_task(client(http, random.Random(seed + i), model, until_s, seen))
+            group.create_task(client(http, random.Random(seed + i), model, until_s, seen, most))
     return seen
 
 
@@ -162,15 +169,17 @@ def replay(server: ServerProcess, sample: list[tuple[dict[str, Any], list[str]]]
     return differ
 
 
-def check(args: argparse.Namespace, server: ServerProcess, total: float) -> list[str]:
-    """What did not hold."""
+def check(args: argparse.Namespace, server: ServerProcess, total: float) -> tuple[list[str], dict[str, Any]]:
+    """What did not hold, and the figures."""
     seconds = args.minutes * 60
     # A fifth of the time, so that every buffer has had its largest load before memory is compared.
-    asyncio.run(load(server, args.model, seconds / 5, args.seed + 1000, args.clients))
+    # Answers longer than prompts: sequences are let in while there is room and rob each other as they grow.
+    most = 400 if args.edge else 48
+    asyncio.run(load(server, args.model, seconds / 5, args.seed + 1000, args.clients, most))
     wait_idle(server)
     before = memory_mib(server)
     print(f"warm: RSS {before[0]:.0f} MiB, PSS {before[1]:.0f} MiB")
-    seen = asyncio.run(load(server, args.model, seconds, args.seed, args.clients))
+    seen = asyncio.run(load(server, args.model, seconds, args.seed, args.clients, most))
     wait_idle(server)
     after, left = memory_mib(server), pages(server)
     sample = random.Random(args.seed).sample(seen.answers, min(args.replays, len(seen.answers)))
@@ -190,26 +199,43 @@ def check(args: argparse.Namespace, server: ServerProcess, total: float) -> list
         problems.append(f"pages were lost: {left} of {total:.0f}")
     if differ or not sample:
         problems.append("answers depend on company" if differ else "nothing was answered")
-    return problems
+    if args.edge and not server.metric("vllm:num_preemptions_total"):
+        problems.append("nothing was preempted: this was not the edge")
+    figures = {
+        "minutes": args.minutes, "pages": total, "answers": seen.num_ended, "left": seen.num_left,
+        "refused": seen.num_refused, "preemptions": server.metric("vllm:num_preemptions_total"),
+        "rss_mib": [round(before[0], 1), round(after[0], 1)],
+        "pss_mib": [round(before[1], 1), round(after[1], 1)],
+        "growth": round(after[0] / before[0] - 1, 4), "replayed": len(sample), "differ": differ,
+        "failures": problems,
+    }  # fmt: skip
+    return problems, figures
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--edge", action="store_true", help="pages for one sequence only; 30 minutes")
+    parser.add_argument("--minutes", type=float, help="default: 10, or 30 with --edge")
+    parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--replays", type=int, default=60)
-    parser.add_argument("--pages", type=int, default=20)
+    parser.add_argument("--pages", type=int, help="default: 20, or 16 with --edge")
     parser.add_argument("--seed", type=int, default=20_261_123)
     parser.add_argument("--xllm-flags", type=shlex.split, default=[])
     args = parser.parse_args()
+    args.minutes = args.minutes or (30.0 if args.edge else 10.0)
+    args.pages = args.pages or (1024 // 64 if args.edge else 20)
     print(f"command: {shlex.join(['python', '-m', 'benchmarks.soak', *sys.argv[1:]])}")
     print("\n".join(f"{name}: {value}" for name, value in machine.describe().items()), flush=True)
     flags = ["--platform", "native", "--max-model-len", "1024", "--num-pages", str(args.pages)]
     flags += ["--max-num-seqs", "8", "--max-num-queued-reqs", "8", *args.xllm_flags]
     served = ["--served-model-name", args.model] if Path(args.model).exists() else []
     with serve(args.model, *flags, *served) as server:
-        problems = check(args, server, sum(pages(server).values()))
+        problems, figures = check(args, server, sum(pages(server).values()))
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1))
+    print(json.dumps(figures))
     print("ok" if not problems else f"FAILED: {'; '.join(problems)}")
     return 1 if problems else 0
 

@@ -13,6 +13,7 @@ from tests.reference.test_bitwise import ARCHS, tiny
 from xllm.artifacts.resolve import resolve
 from xllm.artifacts.source import DummySource
 from xllm.config.schema import CacheConfig, EngineConfig, ModelConfig, PlatformConfig
+from xllm.engine.fitting import Room
 from xllm.engine.kernels.native import isa
 from xllm.engine.platform import native
 from xllm.engine.platform.native import PLATFORM
@@ -99,10 +100,7 @@ def test_smollm2_on_its_own_codes_is_near_its_dequantised_weights(smollm2: str) 
 
 
 @pytest.mark.parametrize(("free_bytes", "chosen"), [(1 << 40, "none"), (1 << 10, "file")])
-def test_unasked_the_class_follows_the_memory(
-    free_bytes: int, chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(native, "available_bytes", lambda: free_bytes)
-    found, why = native._quantize(config(), ARCHS["llama"])
+def test_unasked_the_class_follows_the_memory(free_bytes: int, chosen: str) -> None:
+    found, why = native._quantize(config(), ARCHS["llama"], Room(free_bytes, "in a test"))
     assert found == chosen
     assert f"quantize={chosen}: " in why

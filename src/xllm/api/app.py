@@ -26,12 +26,14 @@ from xllm.api.openai.chat import chat_completions
 from xllm.api.openai.completions import completions
 from xllm.api.openai.models import get_model, list_models
 from xllm.api.openai.tokenize import detokenize, tokenize, tokenizer_info
+from xllm.api.profile import ProfileRoutes
 from xllm.api.roles import list_roles, post_role
 from xllm.api.usage import read_usage
 from xllm.clock import Clock
-from xllm.config import ServerConfig
+from xllm.config import ObservabilityConfig, ServerConfig
 from xllm.errors import NotFoundError, RequestError, UnavailableError
 from xllm.observability.logs import log_event, num_dropped_lines
+from xllm.service.profiler import Profiler
 from xllm.service.usage import NullUsageStore, UsageStore
 from xllm.service.watch.desk import WatchDesk
 from xllm.version import __version__
@@ -68,8 +70,11 @@ class App:
         metrics: Metrics,
         desk: WatchDesk,
         usage: UsageStore,
+        profiler: Profiler | None = None,
     ) -> None:
         self._context = Context(front, clock, desk)
+        self._desk = desk
+        self._profiler = profiler if profiler is not None else Profiler(ObservabilityConfig(), clock)
         self._front = front
         self._metrics = metrics
         metrics.add_counter("xllm:log_lines_dropped", "Log lines of a sink that blocked", num_dropped_lines)
@@ -99,6 +104,8 @@ class App:
         finally:
             # No status: the client left before there was one.
             self._metrics.on_response(label, reply.status or 499)
+            if self._desk.profile.on:
+                self._desk.profile.on_http(label, request.request_id, reply.status or 499, start_s)
             facts: dict[str, object] = {"serves": ",".join(request.serves)} if request.serves else {}
             log_event(
                 access_log,
@@ -130,6 +137,7 @@ class App:
         await route.endpoint(request, reply)
 
     def close(self) -> None:
+        self._profiler.close()
         self._context.close()
 
     # -- routes -----------------------------------------------------------------------------------
@@ -160,6 +168,9 @@ class App:
         table |= {("GET", p): Route(label=p, endpoint=e, admin=True) for p, e in admin_routes.items()}
         for path, endpoint in json_routes.items():
             table["POST", path] = Route(label=path, endpoint=self._json(endpoint))
+        profile = ProfileRoutes(self._context, self._profiler)
+        table["POST", "/start_profile"] = Route(label="/start_profile", endpoint=profile.start, admin=True)
+        table["POST", "/stop_profile"] = Route(label="/stop_profile", endpoint=profile.stop, admin=True)
         for path in ("/v1/role", "/v1/pd_role"):
             table["GET", path] = Route(label=path, endpoint=self._roles, admin=True)
             table["POST", path] = Route(label=path, endpoint=self._json(post_role), admin=True)
@@ -232,6 +243,7 @@ def create_app(
     metrics: Metrics | None = None,
     desk: WatchDesk | None = None,
     usage: UsageStore | None = None,
+    profiler: Profiler | None = None,
 ) -> App:
     """The HTTP side of a front. Pass the `Metrics` and the desk that observe the front, or get empty ones."""
     return App(
@@ -241,6 +253,7 @@ def create_app(
         metrics if metrics is not None else Metrics(),
         desk if desk is not None else WatchDesk(clock),
         usage if usage is not None else NullUsageStore(),
+        profiler,
     )
 
 

@@ -16,6 +16,7 @@ from xllm.api.fields import Fields
 from xllm.api.http import Request
 from xllm.clock import Clock
 from xllm.errors import NotFoundError, RequestError
+from xllm.observability.profile import ProcessProfile
 from xllm.observability.tracing import open_request
 from xllm.service.draft import RequestDraft
 from xllm.service.roles.board import Standing
@@ -45,6 +46,10 @@ class FrontPort(Protocol):
     def ready(self) -> tuple[bool, str]: ...
 
     def snapshot(self) -> FrontSnapshot: ...
+
+    def start_profiles(self, max_events: int, max_s: float) -> None: ...
+
+    async def stop_profiles(self, timeout_s: float) -> dict[str, ProcessProfile | None]: ...
 
     def set_role(self, name: str, role: str, epoch: int | None, *, pinned: bool) -> Standing: ...
 

@@ -37,6 +37,14 @@ def group_codes(raw: Bytes, kind: Quant, shape: tuple[int, ...]) -> GroupCodes |
     )
 
 
+def code_kind(kind: Quant, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """(bits, columns of a group) of what `group_codes` gives, without its data."""
+    if kind not in _FORMATS or len(shape) != 2:
+        return None
+    bits = 4 if kind in (Quant.Q4_0, Quant.Q4_1, Quant.Q4_K) else 8
+    return bits, HALF_GROUP_SIZE if kind == Quant.Q6_K else GROUP_SIZE
+
+
 def _halves(blocks: Bytes, at: int) -> _Halves:
     """The float16 at byte `at` of each block, (blocks, 1) float32."""
     return np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16).astype(np.float32)

@@ -22,7 +22,7 @@ from gguf.quants import dequantize
 from xllm.arch import ArchConfig
 from xllm.artifacts.digest import files_identity, sampled_digest
 from xllm.artifacts.gguf_arch import arch_from_metadata
-from xllm.artifacts.gguf_codes import group_codes
+from xllm.artifacts.gguf_codes import code_kind, group_codes
 from xllm.artifacts.gguf_header import GgufError, GgufHeader, TensorInfo, read_header
 from xllm.artifacts.gguf_names import ROPE_FREQS, hf_name
 from xllm.artifacts.gguf_tokenizer import assets_from_metadata
@@ -173,6 +173,10 @@ class GgufTensors:
         info = self._info(name)
         codes = group_codes(_raw(self._data, info), info.type, info.shape)
         return None if codes is None else codes.with_rows(lambda rows: self._in_hf_layout(name, rows))
+
+    def code_kind(self, name: str) -> tuple[int, int] | None:
+        info = self._info(name)
+        return code_kind(info.type, info.shape)
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self._by_name:

@@ -129,6 +129,9 @@ class HfTensors:
     def load_codes(self, name: str) -> GroupCodes | None:
         return None
 
+    def code_kind(self, name: str) -> tuple[int, int] | None:
+        return None
+
     def load_raw(self, name: str) -> tuple[str, Array]:
         file, stored = self._find(name)
         return file.read(stored)

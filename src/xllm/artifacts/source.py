@@ -53,6 +53,9 @@ class TensorSource(Protocol):
     def load_codes(self, name: str) -> GroupCodes | None:
         """A matrix stored as codes in groups of 32, exactly as stored; None for any other tensor."""
 
+    def code_kind(self, name: str) -> tuple[int, int] | None:
+        """(bits, columns of a group) of what `load_codes` gives, without reading data."""
+
 
 class ModelSource(Protocol):
     """A model found on this machine. Implementations are frozen; files are read on demand."""
@@ -117,6 +120,9 @@ class DummySource:
         return values
 
     def load_codes(self, name: str) -> GroupCodes | None:
+        return None
+
+    def code_kind(self, name: str) -> tuple[int, int] | None:
         return None
 
     def load_raw(self, name: str) -> tuple[str, Array]:

@@ -1,6 +1,8 @@
-"""`xllm doctor [MODEL]`: what works on this machine, and what does not and why.
+"""`xllm doctor [MODEL] [settings of serve]`: what works on this machine, and what does not and why.
 
-Looks and reports; changes nothing and touches no network. Exit status 1 when nothing could serve.
+With a model also what `xllm serve` with the same settings would take of memory, by the plan that the engine
+itself begins with. Looks and reports; loads no weight, changes nothing and touches no network. Exit status 1
+when nothing could serve, or this model could not.
 """
 
 from __future__ import annotations
@@ -11,13 +13,21 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from xllm.arch import ArchConfig
 from xllm.artifacts.resolve import resolve
-from xllm.config import EngineConfig, ModelConfig, env
+from xllm.cli.room import with_room
+from xllm.cli.serving import SECTIONS
+from xllm.cli.settings import add_settings, load_settings
+from xllm.config import ClusterConfig, EngineConfig, ModelConfig, env
+from xllm.config.instances import parse_instances
+from xllm.config.load import Loaded
 from xllm.config.report import gib
+from xllm.engine.build import plan_memory
 from xllm.engine.platform import host
 from xllm.engine.platform.registry import survey
+from xllm.engine.platform.room import available_bytes
 from xllm.errors import ConfigError
 from xllm.version import __version__
 
@@ -44,9 +54,7 @@ PLAINEST = ArchConfig(
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model_name", nargs="?", metavar="MODEL", help="also say whether this model can be served"
-    )
+    add_settings(parser, *SECTIONS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,14 +62,35 @@ def run(args: argparse.Namespace) -> int:
     _show("packages", packages())
     _show("memory and disk", memory())
     _show("settings", settings_lines())
+    loaded = load_settings(args, *SECTIONS)
+    config = loaded.build(EngineConfig)
     arch: ArchConfig | None = PLAINEST
-    if args.model_name:
-        arch, facts = model_facts(args.model_name)
-        _show(f"model {args.model_name}", facts)
-    reasons = survey(EngineConfig(model=ModelConfig(model=args.model_name or "")), arch or PLAINEST)
+    if config.model.model:
+        arch, facts = model_facts(config.model)
+        _show(f"model {config.model.model}", facts)
+    reasons = survey(config, arch or PLAINEST)
     _show("platforms", (f"{name}: {_verdict(why)}" for name, why in reasons.items()))
     usable = any(not why for name, why in reasons.items() if name != COMPUTES_NOTHING)
-    return 0 if usable and arch is not None else 1
+    if not usable or arch is None:
+        return 1
+    fits = True
+    if config.model.model:
+        told, fits = memory_facts(loaded)
+        _show("memory that `xllm serve` with these settings takes", told)
+    return 0 if fits else 1
+
+
+def memory_facts(loaded: Loaded) -> tuple[list[str], bool]:
+    """(the plan that an engine would begin with, or why it would not; whether it fits)."""
+    loaded, why = with_room(loaded)
+    config = loaded.build(EngineConfig)
+    engines = sum(parse_instances(loaded.build(ClusterConfig).instances).values())
+    sharing = replace(config.platform, num_local_instances=max(engines, config.platform.num_local_instances))
+    try:
+        plan = plan_memory(replace(config, platform=sharing))
+    except ConfigError as error:
+        return [why, *error.message.splitlines()], False
+    return [why, *(["the platform does not say"] if plan is None else plan.lines())], True
 
 
 def _show(title: str, lines: Iterable[str]) -> None:
@@ -94,7 +123,7 @@ def packages() -> Iterator[str]:
 
 
 def memory() -> Iterator[str]:
-    yield f"memory available: {gib(host.available_bytes())}"
+    yield f"memory available: {gib(available_bytes())}"
     cache = env.cache_dir()
     existing = next(path for path in (cache, *cache.parents) if path.exists())
     yield f"models are kept in {cache} ({gib(shutil.disk_usage(existing).free)} free)"
@@ -106,10 +135,13 @@ def settings_lines() -> Iterator[str]:
     yield f"environment: {', '.join(names)}" if names else "environment: no XLLM_ variable is set"
 
 
-def model_facts(name: str) -> tuple[ArchConfig | None, list[str]]:
+def model_facts(config: ModelConfig) -> tuple[ArchConfig | None, list[str]]:
     """What the model is, or None and why it cannot be read."""
     try:
-        source = resolve(name, allow_pull=False)
+        source = resolve(
+            config.model, revision=config.revision, load_format=config.load_format, seed=config.seed,
+            allow_pull=False,
+        )  # fmt: skip
         arch = source.arch()
     except ConfigError as error:
         return None, [error.message]

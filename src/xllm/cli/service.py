@@ -52,11 +52,19 @@ async def _serve(stop: asyncio.Event, loaded: Loaded) -> int:
     clock = SystemClock()
     usage = open_usage_store(server_config.usage_db)
     recorder = UsageRecorder(usage, clock, front_id=new_request_id())
-    metrics, desk = open_desk(loaded, clock, recorder)
+    metrics, desk, profiler = open_desk(loaded, clock, recorder)
     service = ClusterService(front_config, loaded.build(ClusterConfig), clock, observer=desk.observer)
     watch_cluster(metrics, service)
     try:
-        app = create_app(service.front, server_config, clock=clock, metrics=metrics, desk=desk, usage=usage)
+        app = create_app(
+            service.front,
+            server_config,
+            clock=clock,
+            metrics=metrics,
+            desk=desk,
+            usage=usage,
+            profiler=profiler,
+        )
         server = HttpServer(app, server_config)
         await server.start()
         try:

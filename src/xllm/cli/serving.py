@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from xllm.api.app import create_app
 from xllm.api.server import HttpServer
+from xllm.cli.room import with_room
 from xllm.cli.watching import open_desk
 from xllm.clock import Clock, SystemClock
 from xllm.config import ClusterConfig, EngineConfig, FrontConfig, ServerConfig
@@ -44,6 +45,7 @@ class Running:
 async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> AsyncIterator[Running]:
     """Start everything, yield, then drain and end everything in the reverse order."""
     clock = clock or SystemClock()
+    loaded, why_memory = with_room(loaded)
     engine_config, front_config, server_config = (
         loaded.build(EngineConfig),
         loaded.build(FrontConfig),
@@ -61,10 +63,11 @@ async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> Async
         raise ConfigError("name a model, e.g. xllm serve smollm2 (xllm list shows more)")
     for line in (*loaded.notes, *sources_lines(loaded.values, loaded.sources)):
         say(f"  {line}")
+    say(f"  {why_memory}")
     report = StartupReport(clock)
     usage = open_usage_store(server_config.usage_db)
     recorder = UsageRecorder(usage, clock, front_id=new_request_id())
-    metrics, desk = open_desk(loaded, clock, recorder)
+    metrics, desk, profiler = open_desk(loaded, clock, recorder)
     service = await LocalService.start(
         [engine_config] * len(roles),
         front_config,
@@ -78,7 +81,15 @@ async def running(loaded: Loaded, say: Say, clock: Clock | None = None) -> Async
     try:
         engine, *_ = service.engines
         say(report.stage("first engine and front together"))
-        app = create_app(service.front, server_config, clock=clock, metrics=metrics, desk=desk, usage=usage)
+        app = create_app(
+            service.front,
+            server_config,
+            clock=clock,
+            metrics=metrics,
+            desk=desk,
+            usage=usage,
+            profiler=profiler,
+        )
         server = HttpServer(app, server_config)
         await server.start()
         say(report.stage("HTTP"))

@@ -9,6 +9,7 @@ from xllm.config.load import Loaded
 from xllm.observability.logs import setup_logging
 from xllm.observability.otlp import make_tracer
 from xllm.service.cluster import ClusterService
+from xllm.service.profiler import Profiler
 from xllm.service.registry.directory import RegistryDirectory
 from xllm.service.snapshot import FrontObserver
 from xllm.service.watch.desk import WatchDesk
@@ -20,11 +21,12 @@ def begin_logging(loaded: Loaded) -> None:
     setup_logging(loaded.build(ServerConfig).log_level, as_json=as_json)
 
 
-def open_desk(loaded: Loaded, clock: Clock, *more: FrontObserver) -> tuple[Metrics, WatchDesk]:
-    """What looks at a front: `desk.observer` is for the front, both are for the app. Raises ConfigError."""
+def open_desk(loaded: Loaded, clock: Clock, *more: FrontObserver) -> tuple[Metrics, WatchDesk, Profiler]:
+    """What looks at a front: `desk.observer` is for the front, all are for the app. Raises ConfigError."""
     metrics = Metrics()
     tracer = make_tracer(loaded.build(ObservabilityConfig).otlp_endpoint, "xllm-front")
-    return metrics, WatchDesk(clock, metrics, *more, tracer=tracer)
+    profiler = Profiler(loaded.build(ObservabilityConfig), clock)
+    return metrics, WatchDesk(clock, metrics, *more, tracer=tracer, profile=profiler.front), profiler
 
 
 def watch_cluster(metrics: Metrics, service: ClusterService) -> None:

@@ -92,6 +92,12 @@ class PlatformConfig:
     num_local_instances: int = option(
         1, "engines that share this machine's cores and memory; serve counts its own", has_flag=False
     )
+    memory_bytes: int | None = option(
+        None,
+        "what the engines of this machine may take together; default: what its containers leave, or four "
+        "fifths of what is free",
+        has_flag=False,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +107,11 @@ class ObservabilityConfig:
     otlp_endpoint: str | None = option(
         None, "OTLP/HTTP address that traces go to, e.g. http://host:4318", has_flag=False
     )
+    profile_dir: str | None = option(
+        None, "directory that POST /stop_profile writes traces to; none = no profiles", has_flag=False
+    )
+    profile_max_events: int = option(100_000, "events that each process records at most", has_flag=False)
+    profile_max_s: float = option(60.0, "seconds until a profile ends by itself", has_flag=False)
     log_format: Literal["text", "json"] = option("text", "form of log lines", has_flag=False)
 
 

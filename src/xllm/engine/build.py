@@ -20,14 +20,16 @@ from xllm.clock import Clock, SystemClock
 from xllm.config import EngineConfig
 from xllm.engine.core import EngineCore
 from xllm.engine.executor import InProcExecutor
+from xllm.engine.fitting import MemoryPlan
 from xllm.engine.kvtransfer.base import TransferEvent
 from xllm.engine.kvtransfer.memory import KVMemory
 from xllm.engine.kvtransfer.opening import open_plane, pages_for_peers
 from xllm.engine.kvtransfer.plane import DataPlane
 from xllm.engine.memory.manager import PageManager
-from xllm.engine.platform.base import KeepsPages, Runner, StepQueue
+from xllm.engine.platform.base import KeepsPages, PlansMemory, Runner, StepQueue, TellsLayers
 from xllm.engine.platform.host import bind_to_cpus
 from xllm.engine.platform.registry import select_platform
+from xllm.engine.profiling import EngineProfile
 from xllm.engine.progress import StepProgress
 from xllm.engine.runner.kv_size import page_bytes_of
 from xllm.engine.sampling import Sampler, load_processors
@@ -127,6 +129,7 @@ def build_engine(
         clock,
         lambda: runner.program_counters,
         progress=StepProgress(lambda: runner.finished_layers),
+        profile=_profile(runner, clock),
     )
     kept: tuple[str, ...] = ()
     if shared is not None and shared.lasting and shared.groups:
@@ -140,6 +143,28 @@ def build_engine(
         report=(*reasons, why_len, *built.report, why_ahead, *kept),
         pages=runner.kv_memory(shared),
     )
+
+
+def _profile(runner: Runner, clock: Clock) -> EngineProfile:
+    if isinstance(runner, TellsLayers):
+        return EngineProfile(clock, runner.trace_layers, runner.layer_stamps)
+    return EngineProfile(clock)
+
+
+def plan_memory(config: EngineConfig) -> MemoryPlan | None:
+    """What an engine with this configuration would take; None where its platform does not say.
+
+    Of a model that is on this machine; loads nothing. Raises ConfigError as `build_engine` would.
+    """
+    model = config.model
+    source = resolve(
+        model.model, revision=model.revision, load_format=model.load_format, seed=model.seed, allow_pull=False
+    )
+    arch = source.arch()
+    platform, _ = select_platform(config, arch)
+    if not isinstance(platform, PlansMemory):
+        return None
+    return platform.plan_memory(arch, source.tensors(), config, _max_model_len(config, arch)[0])
 
 
 def _lookahead(config: EngineConfig, runner: Runner) -> tuple[bool, str]:

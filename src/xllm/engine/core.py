@@ -20,6 +20,7 @@ from xllm.engine.memory.manager import PageManager
 from xllm.engine.memory.news import PageChanges
 from xllm.engine.moving import Mover
 from xllm.engine.plan import StepPlan, StepResult
+from xllm.engine.profiling import EngineProfile
 from xllm.engine.progress import StepProgress
 from xllm.engine.scheduler.scheduler import Scheduler
 from xllm.engine.steps import Steps
@@ -49,11 +50,13 @@ class EngineCore:
         clock: Clock,
         program_counters: Callable[[], ProgramCounters | None] = lambda: None,
         progress: StepProgress | None = None,
+        profile: EngineProfile | None = None,
     ) -> None:
         self.card = card
         self.scheduler = scheduler
         self.clock = clock
         self.progress = progress or StepProgress()
+        self.profile = profile or EngineProfile(clock)
         self._memory = memory
         self.steps = Steps(executor, clock)
         self._program_counters = program_counters
@@ -109,7 +112,10 @@ class EngineCore:
         """Plan a step and hand it over, behind the one under way if there is one; False = there is none."""
         if self.steps and not self.may_plan_ahead:
             return False
-        plan = self.scheduler.plan(self.clock.monotonic_s(), self.steps.pace.cost)
+        began_s = self.clock.monotonic_s()
+        plan = self.scheduler.plan(began_s, self.steps.pace.cost)
+        if self.profile.on:
+            self.profile.planned(plan, began_s)
         is_idle = plan is None and not self.steps
         if self.keeper is not None and self.keeper.num_due:
             # Now, since what the last step brought is on its way to its readers. In proportion to the step.
@@ -135,7 +141,12 @@ class EngineCore:
         return ran
 
     def end_step(self, plan: StepPlan, result: StepResult) -> None:
+        profiled, began_s = self.profile.on, self.clock.monotonic_s()
+        if profiled:
+            self.profile.ran(plan, result)
         self.scheduler.absorb(plan, result)
+        if profiled:
+            self.profile.absorbed(plan, began_s)
         if not result.dropped:
             self.mover.after_step(result.rerun)
         if result.rerun:

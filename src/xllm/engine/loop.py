@@ -36,8 +36,11 @@ from xllm.wire.messages import (
     FrontMessage,
     KvSync,
     Move,
+    Profiled,
     Ready,
+    StartProfile,
     Stats,
+    StopProfile,
     Submit,
 )
 
@@ -203,6 +206,12 @@ class EngineLoop:
                 self._core.mover.cancel(transfer_id)
             case AssetRequest(digest=digest):
                 port.send(Asset(digest=digest, data=self._assets.get(digest)))
+            case StartProfile(max_events=max_events, max_s=max_s):
+                self._core.quiesce()
+                self._core.profile.begin(max_events, max_s)
+            case StopProfile():
+                self._core.quiesce()
+                port.send(Profiled(profile=self._core.profile.end()))
             case KvSync():
                 self._kv.start_over(port)
             case Attach():
@@ -276,12 +285,15 @@ class EngineLoop:
                 outputs[owner] = [*frames, *outputs.get(owner, ())]
             self._refused = {}
         if outputs:
+            began_s = self._core.clock.monotonic_s()
             snapshot = self._look()
             for owner, frames in outputs.items():
                 port = self._fronts.get(owner)
                 self._tracer.told(owner, frames)
                 if port is not None:
                     port.send(Frames(frames=tuple(frames), snapshot=snapshot))
+            if self._core.profile.on:
+                self._core.profile.sent(outputs, began_s)
         return outputs
 
     def _answer_moves(self) -> None:
@@ -290,6 +302,8 @@ class EngineLoop:
             port = self._fronts.get(owner)
             if port is not None:
                 port.send(moved)
+            if self._core.profile.on:
+                self._core.profile.moved(moved)
 
     def _tell_all(self, ports: Iterable[Port]) -> None:
         stats = Stats(snapshot=self._look())

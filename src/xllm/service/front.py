@@ -13,6 +13,7 @@ from dataclasses import replace
 from xllm.clock import Clock
 from xllm.config import FrontConfig
 from xllm.errors import AbortedError, UnavailableError, XllmError
+from xllm.observability.profile import ProcessProfile
 from xllm.service.admission import Admission, Ask
 from xllm.service.assemble import assemble
 from xllm.service.catalogue import Catalogue
@@ -38,7 +39,7 @@ from xllm.service.stream import Delta
 from xllm.service.tally import Tally
 from xllm.text.assets import TextAssets
 from xllm.types import SLO, ModelCard, RequestSpec
-from xllm.wire.messages import Moved, Ready
+from xllm.wire.messages import Moved, Ready, StartProfile
 from xllm.wire.stream import EngineStream
 
 
@@ -354,6 +355,17 @@ class Front:
             num_inbound=len(instance.inbound),
             standing=self._board.standing(instance.name),
         )
+
+    def start_profiles(self, max_events: int, max_s: float) -> None:
+        """Every engine records what it does, from its next step on."""
+        for instance in self._catalogue.instances():
+            instance.post(StartProfile(max_events=max_events, max_s=max_s))
+
+    async def stop_profiles(self, timeout_s: float) -> dict[str, ProcessProfile | None]:
+        """By instance; None = it gave no answer in time."""
+        instances = [i for i in self._catalogue.instances() if i.alive]
+        found = await asyncio.gather(*(i.profile(timeout_s) for i in instances))
+        return {i.name: profile for i, profile in zip(instances, found, strict=True)}
 
     def ready(self) -> tuple[bool, str]:
         """Whether every known model can be served, in all phases; why not: a word for a health response."""

@@ -23,10 +23,16 @@ class ServerProcess:
     """
 
     def __init__(
-        self, args: Sequence[str], env: Mapping[str, str] | None = None, *, command: str = "serve"
+        self,
+        args: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        *,
+        command: str = "serve",
+        within: Sequence[str] = (),
     ) -> None:
+        """`within`: words of a command that runs the rest of its words, such as a shell in a container."""
         port = () if command == "instance" else ("--port", "0")
-        words = [sys.executable, "-m", "xllm.cli.main", command, *args, *port]
+        words = [*within, sys.executable, "-m", "xllm.cli.main", command, *args, *port]
         self.process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=env)
         self.lines: list[str] = []
         self.base_url = ""

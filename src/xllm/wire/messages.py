@@ -10,6 +10,7 @@ import msgspec
 
 from xllm.config import EngineConfig
 from xllm.errors import ErrorInfo
+from xllm.observability.profile import ProcessProfile
 from xllm.types import EngineSnapshot, FinishReason, ModelCard, RequestSpec, TokenLogprobs
 
 WIRE_VERSION = 2
@@ -255,6 +256,23 @@ class Drain(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
     """
 
 
+class StartProfile(msgspec.Struct, frozen=True, kw_only=True, tag="start_profile"):
+    """Front → engine: record what you do from now on, within these bounds. An older engine skips it."""
+
+    max_events: int
+    max_s: float
+
+
+class StopProfile(msgspec.Struct, frozen=True, kw_only=True, tag="stop_profile"):
+    """Front → engine: answer with what was recorded, an empty recording if nothing was."""
+
+
+class Profiled(msgspec.Struct, frozen=True, kw_only=True, tag="profiled"):
+    """Engine → front: the answer to StopProfile. Nobody gets it unasked."""
+
+    profile: ProcessProfile
+
+
 FrontMessage = (
     Hello
     | Proof
@@ -270,6 +288,8 @@ FrontMessage = (
     | Fetch
     | Move
     | CancelTransfer
+    | StartProfile
+    | StopProfile
 )
 EngineMessage = (
     Hello
@@ -284,4 +304,5 @@ EngineMessage = (
     | Pulse
     | KvDelta
     | Moved
+    | Profiled
 )

@@ -46,7 +46,7 @@ FLAGS = {
     "bench throughput": {*SETTINGS, "--input-len", "--output-len", "--num-prompts", "--json"},
     "bench latency": {*SETTINGS, "--input-len", "--output-len", "--batch-size", "--num-iters", "--json"},
     "explain": {"--base-url", "--api-key", "--json"},
-    "doctor": set(),
+    "doctor": {*SETTINGS, *SERVING},
     "list": set(),
     "pull": {"--revision"},
 }

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from xllm.arch import ArchConfig
 from xllm.codes import GroupCodes
 from xllm.config.schema import EngineConfig
+from xllm.engine.fitting import MemoryPlan
 from xllm.engine.kernels.programs import ProgramCounters
 from xllm.engine.kvtransfer.memory import KVMemory
 from xllm.engine.memory.spaces import Mapper
@@ -41,6 +42,8 @@ class TensorSource(Protocol):
     def load_f32(self, name: str) -> npt.NDArray[np.float32]: ...
 
     def load_codes(self, name: str) -> GroupCodes | None: ...
+
+    def code_kind(self, name: str) -> tuple[int, int] | None: ...
 
 
 class Runner(Protocol):
@@ -98,6 +101,18 @@ class StepQueue(Protocol):
         plan behind it is not run: its `collect` gives a dropped result."""
 
 
+@runtime_checkable
+class TellsLayers(Protocol):
+    """What a runner may offer beyond `execute`: when the layers of a step ended."""
+
+    def trace_layers(self, on: bool) -> None:
+        """Between two steps."""
+
+    def layer_stamps(self) -> tuple[int, ...]:
+        """Of the last step collected: when it began and when each layer was complete, in ns of the monotonic
+        clock; () where nobody told."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltRunner:
     """`num_pages` per KV group; `report` holds one line per choice, with its reason. `mapper` where the
@@ -110,7 +125,7 @@ class BuiltRunner:
 
 
 class Platform(Protocol):
-    """`KeepsPages` is what a platform may offer beyond this."""
+    """`KeepsPages` and `PlansMemory` are what a platform may offer beyond this."""
 
     @property
     def name(self) -> str: ...
@@ -127,6 +142,16 @@ class Platform(Protocol):
         sampler: Sampler,
     ) -> BuiltRunner:
         """Load the weights and reserve the KV pages. Raises ConfigError with field, value and remedy."""
+
+
+@runtime_checkable
+class PlansMemory(Protocol):
+    """A platform that knows before loading what it will take; `create_runner` begins with the same plan."""
+
+    def plan_memory(
+        self, arch: ArchConfig, tensors: TensorSource, config: EngineConfig, max_model_len: int
+    ) -> MemoryPlan:
+        """Reads no weight. Raises ConfigError with the table and what would fit."""
 
 
 @runtime_checkable

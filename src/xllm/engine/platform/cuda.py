@@ -6,8 +6,11 @@ import torch
 
 from xllm.arch import ArchConfig
 from xllm.config.schema import EngineConfig
+from xllm.engine.fitting import Demand, MemoryPlan, Room, fit
+from xllm.engine.fitting.plan import MIB
 from xllm.engine.kernels.reference.torch_ops import TorchOps
 from xllm.engine.platform.base import BuiltRunner, Platform, TensorSource
+from xllm.engine.platform.demand import torch_demand
 from xllm.engine.platform.loading import load_runner, no_native, resolve_dtype
 from xllm.engine.sampling import Sampler
 
@@ -24,6 +27,14 @@ class CudaPlatform:
             return ("torch sees no CUDA device",)
         return no_native(config)
 
+    def plan_memory(
+        self, arch: ArchConfig, tensors: TensorSource, config: EngineConfig, max_model_len: int
+    ) -> MemoryPlan:
+        def demand(changed: EngineConfig, length: int) -> Demand:
+            return torch_demand(arch, changed, length, _dtype(changed)[0], 0, ())
+
+        return fit(config, max_model_len, _room(), demand)
+
     def create_runner(
         self,
         arch: ArchConfig,
@@ -35,7 +46,8 @@ class CudaPlatform:
         # Reduced-precision float32 products would make the float32 class a lie.
         torch.backends.cuda.matmul.allow_tf32 = False
         device = torch.cuda.get_device_name(0)
-        dtype, why_dtype = resolve_dtype(config.model.dtype, "bfloat16", "native on current devices")
+        plan = self.plan_memory(arch, tensors, config, max_model_len)
+        dtype, why_dtype = _dtype(config)
         return load_runner(
             arch,
             tensors,
@@ -44,15 +56,19 @@ class CudaPlatform:
             sampler,
             ops=TorchOps(dtype, "cuda"),
             dtype=dtype,
-            free_bytes=_free_bytes,
+            plan=plan,
             numerics=("cuda", ATTENTION_VERSION, f"torch-{torch.__version__}", dtype, device, "tp1"),
             report=(f"device={device}", why_dtype),
         )
 
 
-def _free_bytes() -> int:
-    free, _ = torch.cuda.mem_get_info(0)
-    return int(free)
+def _dtype(config: EngineConfig) -> tuple[str, str]:
+    return resolve_dtype(config.model.dtype, "bfloat16", "native on current devices")
+
+
+def _room() -> Room:
+    free, whole = torch.cuda.mem_get_info(0)
+    return Room(int(free), f"free of the device's {int(whole) // MIB} MiB")
 
 
 PLATFORM: Platform = CudaPlatform()

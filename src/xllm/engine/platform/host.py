@@ -1,4 +1,4 @@
-"""Facts about this host: memory that may still be used, cores that may run, instruction sets."""
+"""Facts about this host: cores that may run, instruction sets, drivers. Its memory is `room`'s."""
 
 from __future__ import annotations
 
@@ -12,18 +12,11 @@ from pathlib import Path
 from xllm.config.schema import PlatformConfig
 from xllm.errors import ConfigError
 
-_MEMINFO = Path("/proc/meminfo")
 _CPUINFO = Path("/proc/cpuinfo")
-_CGROUP = Path("/sys/fs/cgroup")
 _CUDA_DRIVER = "libcuda.so.1"
 _ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd")
 # Four digits bound the work as well as the number of CPUs.
 _CPU_SPAN = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
-
-
-def available_bytes() -> int:
-    """Memory that can be taken without swapping: the kernel's estimate, within the cgroup's limit."""
-    return min(_system_bytes(), _cgroup_bytes())
 
 
 def num_cores() -> int:
@@ -113,20 +106,6 @@ def no_cuda_driver() -> str | None:
     except OSError:
         return f"there is no device driver ({_CUDA_DRIVER}) on this machine"
     return None
-
-
-def _system_bytes() -> int:
-    for line in _read(_MEMINFO).splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _cgroup_bytes() -> int:
-    limit, used = _read(_CGROUP / "memory.max").strip(), _read(_CGROUP / "memory.current").strip()
-    if not limit.isdigit() or not used.isdigit():
-        return 1 << 62
-    return max(0, int(limit) - int(used))
 
 
 def _read(path: Path) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 from xllm.arch import ArchConfig
 from xllm.config.schema import EngineConfig
+from xllm.engine.fitting import MemoryPlan
 from xllm.engine.kernels.ops import Backend
 from xllm.engine.kernels.programs import MakeJobs, MakePrograms
 from xllm.engine.model.layout import ORDER, kv_layout
@@ -14,11 +14,10 @@ from xllm.engine.model.registry import find_model
 from xllm.engine.model.weights import Kept, load_weights, weight_bytes
 from xllm.engine.platform.base import BuiltRunner, TensorSource
 from xllm.engine.platform.host import trim_heap
-from xllm.engine.runner.kv_size import DTYPE_BYTES, choose_num_pages, page_bytes_of
+from xllm.engine.runner.kv_size import DTYPE_BYTES
 from xllm.engine.runner.queued import QueuedRunner
 from xllm.engine.runner.runner import ModelRunner
 from xllm.engine.sampling import Sampler
-from xllm.engine.surviving import SharedPages
 from xllm.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ def load_runner(
     *,
     ops: Backend,
     dtype: str,
-    free_bytes: Callable[[], int],
+    plan: MemoryPlan,
     numerics: tuple[str, ...],
     report: tuple[str, ...],
     kv_order: str = ORDER,
@@ -43,20 +42,13 @@ def load_runner(
     make_programs: MakePrograms | None = None,
     make_jobs: MakeJobs | None = None,
     kept: Kept | None = None,
-    shared: SharedPages | None = None,
 ) -> BuiltRunner:
-    """`free_bytes` is asked before and after loading. `numerics` and `report` are the platform's own,
-    `kv_order` is how its backend keeps a page, `kv_dtype` in what if not in `dtype`. `make_programs` is how
-    it records and `make_jobs` how it takes the next step while one runs, if it does. `kept` is where it
-    keeps packed weights between starts, `shared` where `ops` keeps pages if they outlive the process."""
+    """`plan` says how many pages fit. `numerics` and `report` are the platform's own, `kv_order` is how its
+    backend keeps a page, `kv_dtype` in what if not in `dtype`. `make_programs` is how it records and
+    `make_jobs` how it takes the next step while one runs, if it does. `kept` is where it keeps packed weights
+    between starts."""
     model = find_model(arch.name)
-    needed, free = weight_bytes(model.parameters(arch), DTYPE_BYTES[dtype]), free_bytes()
-    if needed > free:
-        raise ConfigError(
-            f"model: the weights take {needed // _MIB} MiB as {dtype}, {free // _MIB} MiB are free; "
-            "choose a smaller model or dtype",
-            param="dtype",
-        )
+    needed = weight_bytes(model.parameters(arch), DTYPE_BYTES[dtype])
     weights = load_weights(model, arch, tensors, ops, max_model_len, kept)
     tensors.release()
     # One layer has every shape of the others; vectors are not multiplied.
@@ -65,13 +57,7 @@ def load_runner(
     # Loading and probing leave up to half a gigabyte of freed arrays behind in the C library.
     trim_heap()
     layout = kv_layout(arch, kv_dtype or dtype, kv_order)
-    free, before = free_bytes(), None
-    if shared is not None:
-        # What an earlier engine has filled is ours to fill again.
-        free += shared.resident_bytes
-        page_bytes = tuple(page_bytes_of(g, layout.dtype) for g in layout.groups)
-        before = shared.num_pages(layout.digest(), page_bytes)
-    num_pages, why_pages = choose_num_pages(layout, config, max_model_len, free, before)
+    num_pages = (plan.num_pages,) * len(layout.groups)
     queues = make_jobs is not None and config.platform.programs != "off"
     kind = QueuedRunner if queues else ModelRunner
     runner = kind(model, arch, weights, ops, layout, num_pages, sampler, numerics)
@@ -88,8 +74,8 @@ def load_runner(
             *report,
             f"weights={needed // _MIB} MiB as {dtype}",
             f"deterministic={ops.deterministic}: {exact} (row multiple {ops.row_multiple})",
-            why_pages,
             why_programs,
+            *(f"memory: {line}" for line in plan.lines()),
         ),
     )
 

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from xllm.errors import UnavailableError
+from xllm.observability.profile import ProcessProfile
 from xllm.service.instances.about import InstanceAbout, InstanceState
 from xllm.types import EngineSnapshot, ModelCard
 from xllm.wire.codec import WireError
@@ -26,8 +27,10 @@ from xllm.wire.messages import (
     FrontMessage,
     KvDelta,
     Moved,
+    Profiled,
     Pulse,
     Stats,
+    StopProfile,
 )
 from xllm.wire.stream import EngineStream
 
@@ -95,6 +98,7 @@ class Instance:
         self._outbox: list[FrontMessage] = []
         self._commits: dict[tuple[str, int], int] = {}
         self._assets: dict[str, asyncio.Future[bytes | None]] = {}
+        self._profile: asyncio.Future[ProcessProfile | None] | None = None
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._hooks: InstanceHooks | None = None
@@ -167,6 +171,18 @@ class Instance:
             raise UnavailableError("the engine does not have a text asset of its model")
         return data
 
+    async def profile(self, timeout_s: float) -> ProcessProfile | None:
+        """What the engine recorded since it was asked to; None if it does not answer, as an older one."""
+        if self._profile is None or self._profile.done():
+            self._profile = asyncio.get_running_loop().create_future()
+            self.post(StopProfile())
+        if not self.alive:
+            return None
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._profile), timeout_s)
+        except TimeoutError:
+            return None
+
     def abandon(self) -> None:
         """Treat it as lost from now on, whatever the peer may still send."""
         self._lose()
@@ -191,6 +207,8 @@ class Instance:
         for waiting in self._assets.values():
             if not waiting.done():
                 waiting.set_result(None)
+        if self._profile is not None and not self._profile.done():
+            self._profile.set_result(None)
         self._wake.set()
         if self._hooks is not None:
             self._hooks.lost(self)
@@ -234,6 +252,10 @@ class Instance:
             waiting = self._assets.get(message.digest)
             if waiting is not None and not waiting.done():
                 waiting.set_result(message.data)
+        elif isinstance(message, Profiled):
+            hooks.heard(self)
+            if self._profile is not None and not self._profile.done():
+                self._profile.set_result(message.profile)
         else:
             log.warning("instance %s sent an unexpected %s", self.name, type(message).__name__)
 

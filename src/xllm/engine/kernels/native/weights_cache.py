@@ -50,11 +50,15 @@ class WeightsCache:
     def __init__(self, directory: Path, key: str, packer: Packer, still: Callable[[], bool]) -> None:
         self._directory = directory
         self._key = key
-        self._path = directory / f"{key}.packed"
+        self._path = self.path(directory, key)
         self._packer = packer
         self._still = still
         self.report: list[str] = []
-        self.mapped_bytes = 0
+
+    @staticmethod
+    def path(directory: Path, key: str) -> Path:
+        """Where the file is, or will be."""
+        return directory / f"{key}.packed"
 
     def handles(self, wanted: Mapping[str, tuple[int, ...]], build: Build) -> dict[str, Buffer]:
         """The parameters `wanted` (name → shape): mapped, or built, kept, and then mapped all the same,
@@ -91,7 +95,6 @@ class WeightsCache:
             return None
         with contextlib.suppress(OSError):
             os.utime(self._path)  # when it was last used, for `_remove_old`
-        self.mapped_bytes = file.num_bytes
         self.report.append(
             f"weights_cache={file.num_bytes >> 20} MiB mapped in {time.monotonic() - started_s:.2f} s, "
             f"shared by the engines of this host: {self._path.name[:12]} in {self._directory}"
