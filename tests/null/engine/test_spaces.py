@@ -55,8 +55,8 @@ def same_as_tables(engine: NullEngine) -> None:
     spaces = engine.memory.spaces
     if spaces is None:
         return
-    scheduler = engine.core.scheduler
-    tables = [s.table for s in (*scheduler._running, *scheduler._waiting) if s.table is not None]
+    books = engine.core.scheduler._books
+    tables = [s.table for s in (*books.running, *books.waiting) if s.table is not None]
     used = [t.space for t in tables if t.space >= 0]
     assert len(set(used)) == len(used) == spaces.num_in_use
     assert all(spaces.is_there(t.space, t.pages) for t in tables if t.space >= 0)

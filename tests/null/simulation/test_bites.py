@@ -113,7 +113,7 @@ def test_a_cached_page_that_is_written_again(monkeypatch: Patch) -> None:
                     pool.release(page)
                     if pool._refs[page] == 0 and page in pool._reusable:
                         del pool._reusable[page]
-                        pool._free.append(page)
+                        pool._free[page] = None
             group.clear()
         table.chain.clear()
         table.planned = None

@@ -102,7 +102,7 @@ def test_a_step_takes_the_time_of_its_cost() -> None:
 def test_a_crash_in_a_step_takes_its_tokens_along() -> None:
     async def test(bench: Bench) -> None:
         executor = bench.engine.device.executor
-        execute, drawn = executor.execute, 0
+        submit, drawn = executor.submit, 0
 
         def counted(plan: StepPlan) -> StepResult:
             nonlocal drawn

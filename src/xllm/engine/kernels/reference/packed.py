@@ -10,11 +10,20 @@ from __future__ import annotations
 import torch
 
 
-def can_pack() -> bool:
-    """Whether this torch has oneDNN and its operators for packed weights."""
-    return bool(torch._C._has_mkldnn) and all(
-        hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
-    )
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this torch has oneDNN, its operators for packed weights, and they take `dtype` on this CPU.
+
+    Tried and not looked up: which instructions a dtype needs is oneDNN's affair (bfloat16 wants AVX-512).
+    """
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    if not torch._C._has_mkldnn or not all(hasattr(torch.ops.mkldnn, name) for name in names):
+        return False
+    few = torch.zeros(16, 16, dtype=dtype)
+    try:
+        packed_linear(few, pack(few))
+    except RuntimeError:
+        return False
+    return True
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

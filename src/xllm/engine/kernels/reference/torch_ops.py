@@ -45,11 +45,12 @@ class TorchOps:
         """`dtype` is the compute and KV dtype: float32, float16, bfloat16."""
         self._dtype = _DTYPES[dtype]
         self._device = torch.device(device)
-        # Half-precision products on a CPU are tens of times slower than single ones, so float16
-        # weights are kept widened there; the values, and the rounding between ops, stay float16.
-        widen = self._device.type == "cpu" and self._dtype == torch.float16
+        # Half-precision products that a CPU has no instructions for are tens of times slower than single
+        # ones, so such weights are kept widened; the values, and the rounding between ops, stay `dtype`'s.
+        on_cpu = self._device.type == "cpu"
+        widen = on_cpu and (self._dtype == torch.float16 or not can_pack(self._dtype))
         self._matmul_dtype = torch.float32 if widen else self._dtype
-        self._packs = self._device.type == "cpu" and can_pack()
+        self._packs = on_cpu and can_pack(self._matmul_dtype)
         self._row_multiple = CANDIDATES[-2]
         self._deterministic = False
 
