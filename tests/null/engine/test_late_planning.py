@@ -1,4 +1,4 @@
-"""The message loop while a step runs: what arrives still gets into the next step, and frames wait for nothing."""
+"""The message loop while a step runs: what arrives gets into the next step, and frames wait for nothing."""
 
 from __future__ import annotations
 
