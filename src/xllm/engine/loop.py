@@ -18,6 +18,7 @@ from xllm.engine.lateness import plan_at_s
 from xllm.engine.link import LinkCounters
 from xllm.engine.moving.news import TransferNews
 from xllm.engine.port import Inbox, Port
+from xllm.engine.time_slice import ask_usual_slice
 from xllm.engine.tracing import RequestTracer
 from xllm.errors import ErrorInfo, UnavailableError, XllmError
 from xllm.observability.tracing import NullTracer
@@ -93,6 +94,9 @@ class EngineLoop:
 
     def run(self) -> None:
         """Until stopped, drained, or the parent is gone. Every accepted request has ended then."""
+        if self._core.steps.overlap:
+            # It only plans then. With the slice of those who compute it would wait for theirs to end.
+            ask_usual_slice()
         self._kv.tell(may_wait=False)
         ran = False
         while not self._stopped and self._take_messages(may_wait=not ran):

@@ -43,6 +43,11 @@ class Steps:
         return len(self._underway)
 
     @property
+    def overlap(self) -> bool:
+        """Does the device run a step while the caller plans the next?"""
+        return self._executor.depth > 1
+
+    @property
     def has_room(self) -> bool:
         """May another one be handed over?"""
         return len(self._underway) < self._executor.depth
