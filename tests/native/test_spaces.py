@@ -133,7 +133,7 @@ def test_steps_outside_a_space_are_refused(built: BuiltEngine) -> None:
         del words[6:]
         words.append(freed)
         address, count = words.buffer_info()
-        return programs._lib.xn_step_set(programs._step, address, count, 1)
+        return programs.library.xn_step_set(programs._step, address, count, 1)
 
     assert set_step(0, 1, 0) == 0
     assert set_step(mapper.num_spaces - 1, mapper.space_pages, 0) == 0
