@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -38,7 +39,8 @@ def affinity() -> Iterator[set[int]]:
     before = os.sched_getaffinity(0)
     yield before
     for thread in os.listdir("/proc/self/task"):
-        os.sched_setaffinity(int(thread), before)
+        with contextlib.suppress(ProcessLookupError):  # one that has just ended
+            os.sched_setaffinity(int(thread), before)
 
 
 def test_without_a_list_nothing_is_bound(affinity: set[int]) -> None:

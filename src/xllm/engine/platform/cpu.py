@@ -7,7 +7,7 @@ import torch
 from xllm.arch import ArchConfig
 from xllm.config.schema import EngineConfig
 from xllm.engine.fitting import Demand, MemoryPlan, Part, Room, fit
-from xllm.engine.kernels.reference.torch_ops import TorchOps
+from xllm.engine.kernels.reference.torch_ops import TorchOps, kept_on_cpu
 from xllm.engine.model.registry import find_model
 from xllm.engine.model.weights import weight_bytes
 from xllm.engine.platform.base import BuiltRunner, Platform, TensorSource
@@ -38,7 +38,7 @@ class CpuPlatform:
             threads, _ = choose_num_threads(changed.platform)
             process = (*process_parts(arch, changed), Part("torch", _TORCH_BYTES, "its libraries"))
             dtype, _ = _dtype(changed, arch, room)
-            return torch_demand(arch, changed, length, dtype, threads, process)
+            return torch_demand(arch, changed, length, dtype, threads, process, kept_as=kept_on_cpu(dtype))
 
         return fit(config, max_model_len, room, demand)
 

@@ -110,12 +110,15 @@ def torch_demand(
     dtype: str,
     num_threads: int,
     process: tuple[Part, ...],
+    kept_as: str | None = None,
 ) -> Demand:
-    """Of a platform that keeps weights as values of one dtype and calls op by op; `process` is its own."""
+    """Of a platform that keeps weights as values of one dtype and calls op by op; `process` is its own.
+
+    `kept_as` is the dtype of the weights where it is not that of the computation.
+    """
+    kept = kept_as or dtype
     params = find_model(arch.name).parameters(arch)
-    weights = Part(
-        "weights", weight_bytes(params, DTYPE_BYTES[dtype]), f"as {dtype}, in memory of each engine"
-    )
+    weights = Part("weights", weight_bytes(params, DTYPE_BYTES[kept]), f"as {kept}, in memory of each engine")
     largest = max(sum(math.prod(shape) for shape in param.shapes) for param in params)
     loading = Part("reading", _PEAK_PER_WEIGHT * largest, "the largest weight as stored and as values")
     return demand_of(

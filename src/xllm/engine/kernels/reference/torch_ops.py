@@ -38,6 +38,15 @@ def _b(x: Tensor) -> Buffer:
     return Buffer(x)
 
 
+def kept_on_cpu(dtype: str) -> str:
+    """What weights of `dtype` are kept as on this CPU.
+
+    Half-precision products that it has no instructions for are tens of times slower than single ones, so such
+    weights are widened; their values, and the rounding between ops, stay those of `dtype`.
+    """
+    return "float32" if dtype == "float16" or not can_pack(_DTYPES[dtype]) else dtype
+
+
 class TorchOps:
     """Owns nothing but its settings; buffers belong to whoever asked for them."""
 
@@ -45,11 +54,8 @@ class TorchOps:
         """`dtype` is the compute and KV dtype: float32, float16, bfloat16."""
         self._dtype = _DTYPES[dtype]
         self._device = torch.device(device)
-        # Half-precision products that a CPU has no instructions for are tens of times slower than single
-        # ones, so such weights are kept widened; the values, and the rounding between ops, stay `dtype`'s.
         on_cpu = self._device.type == "cpu"
-        widen = on_cpu and (self._dtype == torch.float16 or not can_pack(self._dtype))
-        self._matmul_dtype = torch.float32 if widen else self._dtype
+        self._matmul_dtype = _DTYPES[kept_on_cpu(dtype)] if on_cpu else self._dtype
         self._packs = on_cpu and can_pack(self._matmul_dtype)
         self._row_multiple = CANDIDATES[-2]
         self._deterministic = False
