@@ -95,13 +95,15 @@ def test_bf16_logits_are_no_worse_than_those_of_transformers_in_bf16(
     assert ours[1] <= theirs[1]
 
 
-def loss(windows: Sequence[Sequence[int]], logits: Iterator[F32]) -> float:
-    """Mean nats per token of equally long windows, whose first tokens are not scored."""
-    losses = [
-        torch.nn.functional.cross_entropy(torch.from_numpy(rows[:-1]), torch.tensor(window[1:]))
+def losses(windows: Sequence[Sequence[int]], logits: Iterator[F32]) -> F32:
+    """Nats of each token of windows, whose first tokens are not scored."""
+    each = [
+        torch.nn.functional.cross_entropy(
+            torch.from_numpy(rows[:-1]), torch.tensor(window[1:]), reduction="none"
+        )
         for window, rows in zip(windows, logits, strict=True)
     ]
-    return float(torch.stack(losses).mean())
+    return torch.cat(each).numpy()
 
 
 def values_in_class(source: ModelSource, linear: WeightClass, head: WeightClass) -> DictTensors:
@@ -119,8 +121,11 @@ def values_in_class(source: ModelSource, linear: WeightClass, head: WeightClass)
     return DictTensors(values)
 
 
-def perplexities(source: ModelSource, tokenizer: Tokenizer, quantize: str) -> tuple[float, float]:
-    """(of float32 on the values that the class stands for, of the class)."""
+def added_loss(source: ModelSource, tokenizer: Tokenizer, quantize: str) -> tuple[float, float]:
+    """(nats that the class adds to float32 on the values it stands for, standard error of this mean).
+
+    Paired token by token: what is hard about the text falls out.
+    """
     ids = tokenizer.encode(TEXT.read_text())
     windows = [ids[i * WINDOW : (i + 1) * WINDOW] for i in range(NUM_WINDOWS)]
     linear, head = _CLASSES[quantize]
@@ -128,18 +133,29 @@ def perplexities(source: ModelSource, tokenizer: Tokenizer, quantize: str) -> tu
         oracle = oracle_of_the_file()
     else:
         oracle = oracle_of(source.arch(), values_in_class(source, linear, head))
-    exact = loss(windows, oracle_logits(oracle, windows))
+    exact = losses(windows, oracle_logits(oracle, windows))
     runner = make_native_runner(
         source.arch(), source.tensors(), linear, NUM_PAGES, keeps_codes=quantize == "file", head_class=head
     )
-    found = loss(windows, native_logits(runner, windows))
-    print(f"{quantize}: {math.exp(exact):.3f} → {math.exp(found):.3f}, {math.expm1(found - exact):+.3%}")
-    return math.exp(exact), math.exp(found)
+    added = losses(windows, native_logits(runner, windows)) - exact
+    mean, error = float(added.mean()), float(added.std() / math.sqrt(len(added)))
+    print(f"{quantize}: perplexity {math.exp(exact.mean()):.3f}, {math.expm1(mean):+.3%} ± {error:.3%}")
+    return mean, error
+
+
+def check_cost(source: ModelSource, tokenizer: Tokenizer, quantize: str, most: float) -> None:
+    """Perplexity grows by the factor `most` at most, as far as 2,044 tokens can tell.
+
+    They know their mean to within its standard error only, and each instruction path rounds in its own way;
+    over 33,726 tokens the group classes stand at +0.3 to +0.5 % (benchmarks/results/perplexity-smollm2.json).
+    """
+    mean, error = added_loss(source, tokenizer, quantize)
+    assert error < 0.005
+    assert mean <= math.log(most) + 2 * error
 
 
 @pytest.mark.parametrize("quantize", ["file", "w8g32"])
 def test_a_group_class_costs_half_a_percent_of_perplexity_at_most(
     source: ModelSource, tokenizer: Tokenizer, quantize: str
 ) -> None:
-    exact, found = perplexities(source, tokenizer, quantize)
-    assert found <= 1.005 * exact
+    check_cost(source, tokenizer, quantize, 1.005)
