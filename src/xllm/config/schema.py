@@ -187,8 +187,8 @@ class FrontConfig:
         "static", "static: roles stay as started; adaptive: they follow the load", has_flag=False
     )
     role_period_s: float = option(1.0, "seconds between two looks at the roles", has_flag=False)
-    slo_ttft_ms: float = option(1000.0, "time to first token of requests that ask for none", has_flag=False)
-    slo_tpot_ms: float = option(100.0, "time per further token of requests that ask for none", has_flag=False)
+    slo_ttft_ms: float = option(1000.0, "time to first token that roles are controlled for", has_flag=False)
+    slo_tpot_ms: float = option(100.0, "time per further token that roles are controlled for", has_flag=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

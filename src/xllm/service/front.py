@@ -59,7 +59,9 @@ class Front:
         observer: FrontObserver | None = None,
     ) -> None:
         self._config = config
-        self._usual_slo = SLO(ttft_ms=config.slo_ttft_ms, tpot_ms=config.slo_tpot_ms)
+        # Objectives that nobody asked for would only make prompts wait, unless roles follow them.
+        followed = config.role_control == "adaptive"
+        self._usual_slo = SLO(ttft_ms=config.slo_ttft_ms, tpot_ms=config.slo_tpot_ms) if followed else SLO()
         self._clock = clock
         self._observer = observer if observer is not None else NullObserver()
         self._catalogue = Catalogue()

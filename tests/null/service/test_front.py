@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Literal
 
 import msgspec
 import pytest
@@ -35,8 +36,9 @@ from xllm.service.front import Front
 from xllm.service.router.base import Placement
 from xllm.service.snapshot import NullObserver, RequestRecord
 from xllm.service.stream import Delta
+from xllm.testing.clock import FakeClock
 from xllm.testing.fake_engine import SampleEngine, sample_card
-from xllm.types import FinishReason
+from xllm.types import SLO, FinishReason
 from xllm.wire.messages import CREDIT_WINDOW, Abort, Drain, Frame, Submit
 
 
@@ -126,6 +128,23 @@ async def test_open_parameters_are_resolved_before_the_engine_sees_them(house: H
     assert params.bad_words_token_ids
     assert len(params.bad_words_token_ids[0]) >= 1
     assert params.stop_strings == ("x",)
+
+
+@pytest.mark.parametrize(
+    ("control", "wanted"), [("static", SLO()), ("adaptive", SLO(ttft_ms=900.0, tpot_ms=80.0))]
+)
+async def test_objectives_that_nobody_asked_for_hold_where_roles_follow_them(
+    control: Literal["static", "adaptive"], wanted: SLO
+) -> None:
+    clock = FakeClock()
+    config = FrontConfig(role_control=control, slo_ttft_ms=900.0, slo_tpot_ms=80.0)
+    house = House(clock=clock, front=Front(config, None, clock))
+    engine = await house.engine()
+    await collect(await house.submit("hello", max_tokens=2))
+    (submit,) = await engine.saw(Submit)
+    assert submit.spec.slo == wanted
+    await house.front.close()
+    await engine.close()
 
 
 async def test_leaving_the_loop_aborts_at_once(house: House) -> None:
