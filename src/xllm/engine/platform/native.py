@@ -156,7 +156,7 @@ class NativePlatform:
         """(file of the pages, mapper of spaces over it, report line)."""
         asked, shared = config.cache.kv_memory, self._shared
         if asked != "xtensor":
-            why = "as asked" if asked == "paged" else "kernels take no longer over a page table (ADR 0021)"
+            why = "as asked" if asked == "paged" else "unless another is shown to be faster (ADR 0021)"
             return shared, None, f"kv_memory=paged: {why}"
         shared = anonymous_pages() if shared is None else shared
         if shared is None:
